@@ -256,22 +256,19 @@ def _listen(process: subprocess.Popen[bytes], answer: BinaryIO, output: BinaryIO
         while not gone and "end" not in heard.said and "refused" not in heard.said and time.monotonic() < until:
             gone = process.poll() is not None
             _hear(selector, 0 if gone else _WAIT_SECONDS)
-        # What was printed last is still in its pipe; nobody writes any more.
-        while _hear(selector, 0):
-            pass
+        # What was written last is still in the pipes, and they hold less than two portions.
+        for _ in range(2):
+            _hear(selector, 0)
 
 
-def _hear(selector: selectors.BaseSelector, timeout: float) -> bool:
-    """Take one portion from each pipe that has some; whether there was any."""
-    any_data = False
+def _hear(selector: selectors.BaseSelector, timeout: float) -> None:
+    """Take one portion from each pipe that has some."""
     for key, _ in selector.select(timeout):
         data = os.read(key.fd, 1 << 20)
         if data:
-            any_data = True
             key.data(data)
         else:
             selector.unregister(key.fileobj)
-    return any_data
 
 
 def _end(process: subprocess.Popen[bytes], function: str) -> None:

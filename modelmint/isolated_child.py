@@ -33,6 +33,7 @@ ALLOWED_PREFIXES = ("modelmint.", "tests.")
 PROGRESS_SECONDS = 0.1
 MEMORY_POLL_SECONDS = 0.05
 TREE_POLL_SECONDS = 1.0
+QUIET_SECONDS = 60.0
 KILL_SECONDS = 10.0
 
 _PR_SET_PDEATHSIG = 1
@@ -102,7 +103,7 @@ def _supervise(worker: int, plan: Mapping[str, Any]) -> dict[str, Any]:
     limit, measured, status = "", 0.0, None
     while status is None and not limit:
         elapsed = time.monotonic() - started
-        pause = MEMORY_POLL_SECONDS if plan["memory_bytes"] else plan["wall_seconds"] - elapsed
+        pause = MEMORY_POLL_SECONDS if plan["memory_bytes"] else QUIET_SECONDS
         received = signal.sigtimedwait(_WATCHED, max(0.0, min(pause, plan["wall_seconds"] - elapsed)))
         status = _reap().get(worker)
         elapsed = time.monotonic() - started

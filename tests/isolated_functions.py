@@ -81,6 +81,11 @@ def kills_its_supervisor(pid_file: str) -> None:
     time.sleep(60)
 
 
+def has_its_supervisor_stopped() -> None:
+    os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(60)
+
+
 def writes_garbage() -> None:
     """What a native library could do that closes or writes descriptors it does not own."""
     for descriptor in Path("/proc/self/fd").iterdir():

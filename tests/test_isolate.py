@@ -227,6 +227,10 @@ class TestFailure:
         with pytest.raises(errors.ToolError, match=r"exit code 1(.|\n)*No module named .?modelmint"):
             call("tests.isolated_functions:echo", {}, limits=LIMITS, python=bare_python(tmp_path))
 
+    def test_the_supervisor_is_told_to_stop(self):
+        with pytest.raises(errors.ToolError, match="was stopped from outside by a signal to its supervising process"):
+            run("has_its_supervisor_stopped")
+
     def test_the_supervisor_is_killed(self, tmp_path):
         pid_file = tmp_path / "pid"
         with pytest.raises(errors.ToolError, match=r"lost its supervising process .killed by SIGKILL"):
@@ -264,6 +268,9 @@ class TestLimits:
         assert run("leaves_family", pid_file=str(pid_file)).value == "done"
         assert time.monotonic() - started < 20
         assert [pid for pid in json.loads(pid_file.read_text()) if Path(f"/proc/{pid}").exists()] == []
+
+    def test_time_without_end(self):
+        assert run("echo", Limits(wall_seconds=float("inf")), a=1).value == {"a": 1}
 
     def test_memory(self):
         with pytest.raises(errors.ResourceError, match=r"it held \d+ MB, and memory_bytes is 100000000; if the work"):
