@@ -23,7 +23,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[object] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise RecipeError(f"line {key_node.start_mark.line + 1}: {key!r} is written twice; keep one of them")
             seen.add(key)
@@ -54,7 +54,7 @@ def parse_recipe(text: str, name: str = "recipe") -> Recipe:
         RecipeError: as `read_recipe`.
     """
     try:
-        data = yaml.load(text, _Loader)  # noqa: S506 - a subclass of the safe loader
+        data = yaml.load(text, _Loader)
         lines = _lines(yaml.compose(text, yaml.SafeLoader))
     except yaml.YAMLError as error:
         raise RecipeError(f"{name}: not valid YAML: {error}") from error
@@ -168,6 +168,6 @@ def _explain(error: ValidationError, name: str, lines: dict[tuple[str | int, ...
                 if isinstance(given, str | int | float | bool) and repr(given) not in message
                 else ""
             )
-            sentence = f"{where}: {message}{value}"
+            sentence = f"{where}: {message}{value}" if where else f"{message}{value}"
         sentences.append(f"{name}: line {line}: {sentence}")
     return "\n".join(sentences)

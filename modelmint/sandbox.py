@@ -3,9 +3,16 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from modelmint.host import host
 from modelmint.isolate import Limits, Outcome, Progress, call
+
+if TYPE_CHECKING:
+    from modelmint.step import Context, Workspace
+
+MEMORY_SHARE = 0.9
+"""Of the machine's memory a child may use, where the settings name no limit."""
 
 
 @dataclass(frozen=True)
@@ -51,3 +58,24 @@ class Sandbox:
             environment={"OMP_NUM_THREADS": str(self.threads)},
             cwd=cwd,
         )
+
+
+def sandbox(context: "Context", workspace: "Workspace", threads: int = 0) -> Sandbox:
+    """The conditions under which the children of one step run.
+
+    Args:
+        context: its settings give the limits.
+        workspace: its lock is inherited by the children.
+        threads: what a recipe asks for; 0 for what the settings say.
+    """
+    settings = context.settings
+    return Sandbox(
+        threads=settings.tool_threads(threads),
+        limits=Limits(
+            wall_seconds=settings.step_seconds,
+            memory_bytes=settings.step_memory_bytes or int(MEMORY_SHARE * host().memory_bytes),
+        ),
+        lock=workspace.lock,
+        require_isolation=settings.require_isolation,
+        on_progress=context.on_progress,
+    )

@@ -1,0 +1,84 @@
+"""How a stage shows itself in Prefect: `Cached` for a reused step, and progress while it runs."""
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from uuid import UUID
+
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.exceptions import MissingContextError
+from prefect.logging import get_run_logger
+from prefect.states import Completed
+
+from modelmint.isolate import Progress
+from modelmint.step import Context, StepResult
+
+ONCE = {"cache_policy": NO_CACHE, "persist_result": False}
+"""The store is the one cache: Prefect's own is off for every stage."""
+
+NETWORK = {**ONCE, "retries": 3, "retry_delay_seconds": [2, 10, 30], "retry_jitter_factor": 0.5}
+"""Only what talks to a remote end is tried again by itself."""
+
+LOG_SECONDS = 5.0
+ARTIFACT_SECONDS = 2.0
+
+LISTENERS: list[Callable[[str, Progress], None]] = []
+"""Told of every step forward, with the stage's label: a command line shows its own bar."""
+
+
+def shown(result: StepResult) -> State[StepResult]:
+    """The final state of a stage: `Cached` where the step was found in the store."""
+    record = result.record
+    if result.reused:
+        return Completed(name="Cached", data=result, message=f"reused {record.key}, made {record.finished}")
+    return Completed(data=result, message=f"made {record.output} in {record.seconds:.1f} s")
+
+
+def watched(context: Context, label: str) -> Context:
+    """The context with progress shown: in log lines, as a progress artifact in the UI, and to the listeners."""
+    return replace(context, on_progress=_Reporter(label))
+
+
+@dataclass
+class _Reporter:
+    """Tells how far one stage is, no more often than a person can read."""
+
+    label: str
+    started: float = field(default_factory=time.monotonic)
+    logged: float = field(default_factory=time.monotonic)
+    drawn: float = field(default_factory=time.monotonic)
+    artifact: UUID | None = None
+
+    def __call__(self, progress: Progress) -> None:
+        for listener in LISTENERS:
+            listener(self.label, progress)
+        now = time.monotonic()
+        finished = bool(progress.total) and progress.done >= progress.total
+        # Outside of a run there is nobody to log for.
+        with suppress(MissingContextError):
+            if now - self.logged >= LOG_SECONDS:
+                self.logged = now
+                get_run_logger().info("%s: %s", self.label, in_words(progress))
+            if progress.total and (now - self.drawn >= ARTIFACT_SECONDS or (finished and self.artifact)):
+                self.drawn = now
+                self._draw(100.0 * progress.done / progress.total, in_words(progress))
+
+    def _draw(self, percent: float, words: str) -> None:
+        if self.artifact is None:
+            self.artifact = create_progress_artifact(progress=percent, description=f"{self.label}: {words}")
+        else:
+            update_progress_artifact(self.artifact, progress=percent, description=f"{self.label}: {words}")
+
+
+def in_words(progress: Progress) -> str:
+    """Percent, rate and what remains, such as ``42 %, 118 MB/s, 3 s left``."""
+    parts = [f"{100 * progress.done / progress.total:.0f} %" if progress.total else f"{progress.done:.0f}"]
+    if progress.rate is not None:
+        size = progress.unit == "bytes"
+        parts.append(f"{progress.rate / 1e6:.0f} MB/s" if size else f"{progress.rate:.3g} {progress.unit}/s")
+    if progress.remaining_seconds is not None:
+        parts.append(f"{progress.remaining_seconds:.0f} s left")
+    return ", ".join(parts)
