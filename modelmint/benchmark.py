@@ -1,11 +1,12 @@
 """The benchmark stage: load time, time to first token, prefill and decode rate, and peak memory, side by side.
 
-Trials are interleaved over the variants, each in a fresh child process, so that a machine that slows down hits all alike;
-the unquantized base of the format is measured in the same session, so that a speed-up compares like with like.
+Trials are interleaved over the variants, each in a fresh child process, so that a machine that slows down hits all
+alike; the unquantized base of the format is measured in the same session, so that a speed-up compares like with like.
 """
 
 import random
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,7 +124,7 @@ class _Session:
     def run(self) -> None:
         """Do all trials; one that fails takes its subject out of the later rounds and nothing else."""
         digests = list(self.formats)
-        total, done = self.wanted.trials * len(digests), 0
+        total, done, started = self.wanted.trials * len(digests), 0, time.monotonic()
         for round_number in range(self.wanted.trials):
             # Another one begins each round, so that nobody always follows the same neighbour.
             start = round_number % len(digests)
@@ -135,7 +136,8 @@ class _Session:
                         self.errors[digest] = error
                 done += 1
                 if self.context.on_progress is not None:
-                    self.context.on_progress(Progress(done=done, total=total, unit="trials"))
+                    rate = done / (time.monotonic() - started)
+                    self.context.on_progress(Progress(done, total, "trials", rate, (total - done) / rate))
 
     def _trial(self, digest: str) -> Trial:
         arguments: dict[str, Any] = {

@@ -47,6 +47,25 @@ def read_recipe(path: Path) -> Recipe:
     return parse_recipe(text, str(path))
 
 
+def find_recipe(name: str, folder: Path) -> Recipe:
+    """The recipe of a name, or in a file.
+
+    Args:
+        name: the path of a YAML file, or the name of a recipe in `folder`.
+        folder: where recipes are looked up by name, as ``<name>.yaml``.
+
+    Raises:
+        RecipeError: if there is none; says which names there are.
+    """
+    if name.endswith((".yaml", ".yml")) or "/" in name:
+        return read_recipe(Path(name))
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        known = [file.stem for file in folder.glob("*.yaml")]
+        raise RecipeError(f"no recipe is called {name!r}{did_you_mean(name, known)}; or give the path of a YAML file")
+    return read_recipe(path)
+
+
 def parse_recipe(text: str, name: str = "recipe") -> Recipe:
     """The recipe in a YAML text; `name` begins every error message.
 

@@ -4,22 +4,26 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import Any
 from uuid import UUID
 
+from prefect import Task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.client.schemas.objects import State
+from prefect.client.schemas.objects import State, TaskRun
 from prefect.exceptions import MissingContextError
+from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 from prefect.states import Completed
 
+from modelmint.errors import ModelMintError, NetworkError, StageError
 from modelmint.isolate import Progress
 from modelmint.step import Context, StepResult
 
-ONCE = {"cache_policy": NO_CACHE, "persist_result": False}
+ONCE: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
 """The store is the one cache: Prefect's own is off for every stage."""
 
-NETWORK = {**ONCE, "retries": 3, "retry_delay_seconds": [2, 10, 30], "retry_jitter_factor": 0.5}
+NETWORK: dict[str, Any] = {**ONCE, "retries": 3, "retry_delay_seconds": [2, 10, 30], "retry_jitter_factor": 0.5}
 """Only what talks to a remote end is tried again by itself."""
 
 LOG_SECONDS = 5.0
@@ -27,6 +31,11 @@ ARTIFACT_SECONDS = 2.0
 
 LISTENERS: list[Callable[[str, Progress], None]] = []
 """Told of every step forward, with the stage's label: a command line shows its own bar."""
+
+
+def network_failed(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
+    """Whether a failed task is worth another try: only where a remote end failed for now."""
+    return isinstance(state.result(raise_on_failure=False), NetworkError)
 
 
 def shown(result: StepResult) -> State[StepResult]:
@@ -82,3 +91,21 @@ def in_words(progress: Progress) -> str:
     if progress.remaining_seconds is not None:
         parts.append(f"{progress.remaining_seconds:.0f} s left")
     return ", ".join(parts)
+
+
+def outcome(future: PrefectFuture[StepResult]) -> StepResult | ModelMintError | None:
+    """Wait for a stage and say how it ended: done, failed, or never begun because an earlier stage failed.
+
+    Raises:
+        BaseException: what cancelled or crashed the run; that is no outcome of a stage.
+    """
+    future.wait()
+    state = future.state
+    if state.is_completed():
+        return state.result()
+    if state.is_crashed() or state.is_cancelled():
+        state.result()
+    if not state.is_failed():
+        return None
+    error = state.result(raise_on_failure=False)
+    return error if isinstance(error, ModelMintError) else StageError(f"{type(error).__name__}: {error}")
