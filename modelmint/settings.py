@@ -1,6 +1,7 @@
 """Where things lie and what the machine may spend: the only place that reads environment variables."""
 
 import os
+import tempfile
 from functools import cached_property
 from pathlib import Path
 
@@ -32,6 +33,8 @@ class Settings(BaseSettings):
         hf_endpoint: address of a Hub other than the public one.
         hf_token: token for the Hub, from the environment only.
         s3_endpoint: address of an S3 server other than Amazon's.
+        host_lock: folder of the lock by which heavy steps of all stores share this machine; default one per user in the
+            system's folder for temporary files.
     """
 
     model_config = SettingsConfigDict(env_prefix="MODELMINT_", frozen=True, extra="ignore", populate_by_name=True)
@@ -48,6 +51,7 @@ class Settings(BaseSettings):
     hf_endpoint: str | None = Field(default=None, validation_alias="HF_ENDPOINT")
     hf_token: SecretStr | None = Field(default=None, validation_alias="HF_TOKEN")
     s3_endpoint: str | None = Field(default=None, validation_alias="AWS_ENDPOINT_URL")
+    host_lock: Path = Field(default_factory=lambda: Path(tempfile.gettempdir()) / f"modelmint-{os.geteuid()}")
 
     @cached_property
     def store(self) -> Path:
