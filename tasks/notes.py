@@ -1,0 +1,137 @@
+"""What people read on MLflow's pages: descriptions in Markdown, and settings as flat parameters.
+
+MLflow keeps a metric as a bare number. Its unit, direction, trials, spread and hardware stand in the descriptions.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+
+from modelmint.columns import figure, rows, summary
+from modelmint.recipe import Recipe
+from modelmint.release import ReleaseReport, StepReport, VariantReport
+from modelmint.report import MEASURES, Measurement
+
+ROW_LIMIT = 40
+"""Variants shown in a release's description, which is bounded; the whole table lies in an artifact."""
+
+
+def experiment_note(recipe: Recipe) -> str:
+    """What a recipe is about, and what its metrics mean."""
+    how = (
+        f"Source: `{recipe.source}`. A run is a release; its child runs are the variants that it made or measured. "
+        "Each variant is one model, found again by the digest of its files."
+    )
+    glossary = [(f"`{name}`", it.title, it.unit, it.better) for name, it in MEASURES.items()]
+    return _page(
+        f"**{recipe.name}** {recipe.description}", how, _table(("metric", "what it is", "unit", "better is"), glossary)
+    )
+
+
+def release_note(report: ReleaseReport) -> str:
+    """How a release ended: one sentence, the table of its variants, and what it cost."""
+    shown = rows(report)[:ROW_LIMIT]
+    hidden = len(report.variants) - len(shown)
+    steps = report.step_count
+    facts = [
+        f"source `{report.source.reference}`",
+        f"{steps.executed} steps executed, {steps.reused} reused, {report.seconds:.0f} s",
+    ]
+    if report.host:
+        facts.append(f"{report.host.cpu}, {report.hardware}")
+    if report.continues:
+        facts.append(f"continues {report.continues}, which did not finish")
+    return _page(
+        f"**{summary(report)}**",
+        f"> {report.source.notice}" if report.source.notice else "",
+        _table(tuple(shown[0]), [tuple(row.values()) for row in shown]) if shown else "",
+        f"{hidden} more stand in `variants.json`." if hidden else "",
+        _list(facts),
+    )
+
+
+def variant_note(variant: VariantReport) -> str:
+    """How a variant was made, measured and judged; every figure with what is needed to read it."""
+    outcome = "unquantized base" if variant.is_base else variant.outcome
+    optional = "" if variant.required or variant.is_base else " (optional)"
+    return _page(
+        f"**{variant.variant}: {outcome}{optional}**",
+        _list(variant.reasons),
+        _measurements(variant.measurements),
+        _list(variant.notes),
+        _steps(variant.steps),
+        _list([f"{answer.prompt} → {answer.text}" for answer in variant.answers]),
+    )
+
+
+def recipe_settings(recipe: Recipe) -> dict[str, str]:
+    """A recipe as parameters of a run."""
+    plain = recipe.model_dump(mode="json", exclude={"schema_version", "name", "description", "source", "variants"})
+    names = [variant.name + ("" if variant.required else " (optional)") for variant in recipe.variants]
+    return {"source": str(recipe.source), "variants": ", ".join(names), **_flat(plain)}
+
+
+def variant_settings(variant: VariantReport) -> dict[str, str]:
+    """How a variant was made, as parameters of its run and its model."""
+    made = [step for step in variant.steps if step.output == variant.digest]
+    parameters = made[-1].parameters if made else variant.options
+    tools = {f"tool.{tool.name}": tool.version for step in made for tool in step.tools}
+    named = {"format": variant.format, "type": variant.type, "label": variant.label, "files": ", ".join(variant.files)}
+    return {**_flat(parameters, "options"), **tools, **named}
+
+
+def _flat(value: Mapping[str, object], prefix: str = "") -> dict[str, str]:
+    """Nested mappings as one, with dotted names; other values as text."""
+    flat: dict[str, str] = {}
+    for key, inner in value.items():
+        name = f"{prefix}.{key}" if prefix else key
+        if isinstance(inner, Mapping):
+            flat |= _flat(inner, name)
+        elif inner is not None:
+            flat[name] = inner if isinstance(inner, str) else json.dumps(inner)
+    return flat
+
+
+def _measurements(measurements: Sequence[Measurement]) -> str:
+    cells = [
+        (
+            MEASURES[m.measure].title,
+            f"{m.value:.0f}" if m.value.is_integer() else figure(m.value, None),
+            figure(m.spread, None) if m.spread else "",
+            "" if m.unit == "1" else m.unit,
+            "" if m.statistic == "exact" else f"{m.statistic} of {m.trials}",
+            str(m.hardware or ""),
+        )
+        for m in measurements
+    ]
+    return _table(("measure", "value", "±", "unit", "statistic", "hardware"), cells) if cells else ""
+
+
+def _steps(steps: Sequence[StepReport]) -> str:
+    cells = [
+        (
+            step.stage,
+            "reused" if step.reused else "executed",
+            f"{step.seconds:.1f}",
+            ", ".join(f"{tool.name} {tool.version}" for tool in step.tools),
+            f"`{step.key}`",
+        )
+        for step in steps
+    ]
+    return _table(("step", "", "seconds", "tools", "key"), cells) if cells else ""
+
+
+def _page(*parts: str) -> str:
+    return "\n\n".join(part for part in parts if part)
+
+
+def _list(items: Sequence[str]) -> str:
+    return "\n".join(f"- {item}" for item in items)
+
+
+def _table(heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *body]
+    return "\n".join("| " + " | ".join(_cell(text) for text in line) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
