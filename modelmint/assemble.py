@@ -2,14 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from modelmint import formats
-from modelmint.artifact import StepRecord
 from modelmint.errors import ModelMintError
+from modelmint.evaluate import read
+from modelmint.inspect import Inspection
 from modelmint.recipe import Recipe, Variant
+from modelmint.reference import first_scored
 from modelmint.release import EvaluationReport, ReleaseLock, SourceReport, StepReport, VariantReport, build_lock, merged
-from modelmint.report import Measurement, Measurements, judge
+from modelmint.report import Measurement, judge
 from modelmint.step import StepResult
 from modelmint.store import Store
 
@@ -51,23 +52,6 @@ class Trail:
         return made.record.output if made else ""
 
 
-class Inspected(Protocol):
-    """What the report takes from an inspection."""
-
-    @property
-    def architecture(self) -> str: ...
-    @property
-    def parameters(self) -> int: ...
-    @property
-    def size_class(self) -> str: ...
-    @property
-    def license(self) -> str: ...
-    @property
-    def context_length(self) -> int: ...
-    @property
-    def quantized_source(self) -> str: ...
-
-
 @dataclass(frozen=True)
 class Shared:
     """What the variants of a release have in common.
@@ -83,21 +67,12 @@ class Shared:
     recipe: Recipe
     source: str
     revision: str
-    inspection: Inspected
+    inspection: Inspection
     steps: Sequence[StepResult] = field(default=())
 
     def step(self, stage: str) -> StepResult | None:
         """The first shared step of a stage."""
         return next((result for result in self.steps if result.record.step.stage == stage), None)
-
-
-def read_measurements(store: Store, record: StepRecord) -> Measurements:
-    """The document that an evaluate or benchmark step stored.
-
-    Raises:
-        CorruptError: if its bytes are not what its digest promises.
-    """
-    return Measurements.model_validate_json(store.read(record.output, "measurements.json"))
 
 
 def variant_report(trail: Trail, shared: Shared, store: Store, base: Trail | None = None) -> VariantReport:
@@ -110,7 +85,7 @@ def variant_report(trail: Trail, shared: Shared, store: Store, base: Trail | Non
         base: the trail of its format's base, whose distance to the source every variant bears; None for a base.
     """
     variant, results = trail.variant, trail.results
-    documents = [read_measurements(store, results[s].record) for s in ("evaluate", "benchmark") if s in results]
+    documents = [read(store, results[s].record.output) for s in ("evaluate", "benchmark") if s in results]
     figures = [document.measurements for document in documents]
     figures.append(tuple(m for s in ("convert", "quantize") if s in results for m in _properties(trail, s)))
     files: tuple[str, ...] = ()
@@ -122,10 +97,8 @@ def variant_report(trail: Trail, shared: Shared, store: Store, base: Trail | Non
         name = formats.load(variant.format).file_name
         model = shared.recipe.source.model_name
         files = tuple(name(model, variant.type, variant.label, entry.path) for entry in artifact.files)
-    if base is not None:
-        figures.append(_conversion(base, store))
-    elif shared.recipe.evaluation.reference == "source":
-        figures.append(_conversion(trail, store))
+    if shared.recipe.evaluation.reference == "source":
+        figures.append(_conversion(base or trail, store))
     measurements = merged(*figures)
     verdict = None
     if not trail.is_base:
@@ -162,11 +135,11 @@ def _properties(trail: Trail, stage: str) -> tuple[Measurement, ...]:
 
 
 def _conversion(base: Trail, store: Store) -> tuple[Measurement, ...]:
-    """What conversion lost: the divergence of the base from the source, where that was the reference."""
+    """What conversion lost: the divergence of the base from the source."""
     evaluated = base.results.get("evaluate")
-    if evaluated is None or evaluated.record.step.parameters.get("reference") != "source":
+    if evaluated is None:
         return ()
-    figures = read_measurements(store, evaluated.record).measurements
+    figures = read(store, evaluated.record.output).measurements
     return tuple(m.model_copy(update={"measure": "conversion_kl"}) for m in figures if m.measure == "kl_divergence")
 
 
@@ -187,14 +160,12 @@ def source_report(shared: Shared) -> SourceReport:
     )
 
 
-def evaluation_report(shared: Shared, text: str, positions: int, exact: bool) -> EvaluationReport:
+def evaluation_report(shared: Shared, text: str) -> EvaluationReport:
     """What quality was measured against.
 
     Args:
         shared: recipe and source.
         text: digest of the evaluation text's artifact.
-        positions: predictions scored.
-        exact: whether the reference holds every token's probability.
     """
     evaluation = shared.recipe.evaluation
     return EvaluationReport(
@@ -204,8 +175,8 @@ def evaluation_report(shared: Shared, text: str, positions: int, exact: bool) ->
         text_digest=text,
         window=evaluation.window,
         windows=evaluation.windows,
-        positions=positions,
-        exact=exact,
+        positions=evaluation.windows * (evaluation.window - 1 - first_scored(evaluation.window)),
+        exact=shared.inspection.vocabulary <= evaluation.top + evaluation.sample,
         top=evaluation.top,
         sample=evaluation.sample,
     )

@@ -94,7 +94,7 @@ def _step(subject: Subject, wanted: Benchmark, hardware: HardwareClass) -> Step:
             "host": host().name,
         },
         inputs={"variant": subject.digest, "base": subject.base},
-        tools=formats.load(subject.format).tools(),
+        tools=formats.load(subject.format).tools("benchmark"),
         observation=True,
     )
 

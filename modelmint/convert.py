@@ -48,7 +48,7 @@ def convert(source: str, format_name: str, options: Mapping[str, JsonValue], con
         stage_version=module.STAGE_VERSION,
         parameters={"format": format_name, **full},
         inputs={"source": source},
-        tools=module.tools(),
+        tools=module.tools("convert"),
     )
 
     def work(workspace: Workspace) -> Work:

@@ -26,7 +26,7 @@ def quantize(base: str, variant: Variant, context: Context) -> StepResult:
         stage_version=module.STAGE_VERSION,
         parameters={"format": variant.format, "type": variant.type, **module.parameters(variant)},
         inputs={"base": base},
-        tools=module.tools(),
+        tools=module.tools("quantize"),
     )
 
     def work(workspace: Workspace) -> Work:
