@@ -99,7 +99,7 @@ class Store:
         """
         if not self.holds(self.artifact(record.output)):
             raise CorruptError(f"{record.step.stage} cannot be recorded: its output {record.output} lacks files")
-        final, content = self._record_path(record.key), _text(record)
+        final, content = self.record_file(record.key), _text(record)
         if self._write(final, content, first_wins=True):
             return record
         present = self._read_record(record.key)
@@ -208,11 +208,20 @@ class Store:
 
     def blob(self, entry: FileEntry) -> Path:
         """Where the contents of a file lie in the store (read-only; for download and upload, not for tools)."""
-        return self._blob_path(entry.digest)
+        return self.blob_file(entry.digest)
+
+    def blob_file(self, digest: str) -> Path:
+        """Where contents of that digest lie."""
+        digits = _hex(digest)
+        return self.root / "blobs" / "sha256" / digits[:_PREFIX_DIGITS] / digits[_PREFIX_DIGITS:]
 
     def manifest(self, digest: str) -> Path:
         """Where the manifest of an artifact lies."""
         return self.root / "artifacts" / f"{_hex(digest)}.json"
+
+    def record_file(self, key: str) -> Path:
+        """Where the record of a step lies."""
+        return self.root / "steps" / f"{_hex(key)}.json"
 
     def record(self, key: str) -> StepRecord | None:
         """The record of a step that is done and whose output is whole; None otherwise."""
@@ -221,12 +230,12 @@ class Store:
 
     def records(self) -> Iterator[StepRecord]:
         """Every readable step record, in the order of their keys."""
-        for key in self.keys():
+        for key in self.step_keys():
             record = self._read_record(key)
             if record is not None:
                 yield record
 
-    def keys(self) -> list[str]:
+    def step_keys(self) -> list[str]:
         """The keys of all record files, readable or not, sorted."""
         return _digests(self.root / "steps")
 
@@ -238,6 +247,14 @@ class Store:
         """Every blob, in the order of their digests."""
         for folder in _listing(self.root / "blobs" / "sha256"):
             yield from _listing(folder)
+
+    def conflicts(self) -> list[Path]:
+        """The records that contradict an earlier one, sorted."""
+        return _listing(self.root / "conflicts")
+
+    def inside(self, path: Path) -> str:
+        """A path of the store as it is called inside of it."""
+        return path.relative_to(self.root).as_posix()
 
     # Being used.
 
@@ -332,7 +349,7 @@ class Store:
 
     def _read_record(self, key: str) -> StepRecord | None:
         try:
-            record = StepRecord.model_validate_json(self._record_path(key).read_bytes())
+            record = StepRecord.model_validate_json(self.record_file(key).read_bytes())
         except (FileNotFoundError, ValidationError):
             # Absent for reuse either way; `verify` reports a record that cannot be read.
             return None
@@ -351,7 +368,7 @@ class Store:
         return NonDeterminismError(
             f"{second.step.stage} gave two different outputs for one key, {second.key}: first {first.output} on "
             f"{first.host} at {first.finished}, now {second.output} on {second.host}; the first holds, the second is "
-            f"kept in {kept}: compare them, and delete {self._record_path(first.key)} to accept a new one"
+            f"kept in {kept}: compare them, and delete {self.record_file(first.key)} to accept a new one"
         )
 
     def _missing(self, digest: str, entry: FileEntry) -> CorruptError:
@@ -377,13 +394,6 @@ class Store:
             raise ResourceError(
                 f"the store cannot be made in {self.root}: {error.strerror}; set MODELMINT_STORE to a folder of yours"
             ) from error
-
-    def _blob_path(self, digest: str) -> Path:
-        digits = _hex(digest)
-        return self.root / "blobs" / "sha256" / digits[:_PREFIX_DIGITS] / digits[_PREFIX_DIGITS:]
-
-    def _record_path(self, key: str) -> Path:
-        return self.root / "steps" / f"{_hex(key)}.json"
 
 
 def _text(record: StepRecord) -> bytes:
