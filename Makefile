@@ -44,7 +44,6 @@ llama-wheel: .venv/.python
 	@$(BIN)/python infra/llama_cpp.py --wheel >/dev/null
 
 .venv/.project: pyproject.toml .venv/.requirements | llama-wheel
-	@$(BIN)/python infra/llama_cpp.py
 	@$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
 
