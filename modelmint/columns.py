@@ -139,6 +139,12 @@ def heading(column: Column) -> str:
     return f"{column.title} {column.unit}".rstrip()
 
 
+def short_title(measure: str) -> str:
+    """A measure's name for a narrow head, such as ``KL divergence`` or ``top-1 agreement``."""
+    words = measure.replace("top_1", "top-1").split("_")
+    return " ".join("KL" if word == "kl" else word for word in words)
+
+
 def count_of_weights(parameters: int) -> str:
     """The number of weights as people say it: ``135 M``, ``3.84 B``."""
     for factor, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
