@@ -10,21 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from modelmint.artifact import Tool
 from modelmint.errors import RecipeError
-from modelmint.recipe import Variant
-from modelmint.report import Value
 from modelmint.spelling import did_you_mean
 
 if TYPE_CHECKING:
+    # Child processes import this package on their way to a tool, and what they load counts as the tool's memory.
     import numpy as np
     from numpy.typing import NDArray
 
-    from modelmint.step import Work
+    from modelmint.artifact import Tool
+    from modelmint.recipe import Variant
+    from modelmint.report import Value
     from modelmint.sandbox import Sandbox
+    from modelmint.step import Work
 
 FORMATS = {
-    "gguf": "modelmint.formats.gguf",
+    "gguf": "modelmint.formats.gguf.format",
     "fake": "modelmint.formats.fake",
 }
 """Module of each format."""
@@ -168,25 +169,28 @@ class Format(Protocol):
     NATIVE: bool
     """Whether sessions run native code, so that they belong in a child process."""
 
-    VariantOptions: type[Value]
+    VariantOptions: "type[Value]"
     """A variant's options, typed; unknown keys are refused."""
 
-    BaseOptions: type[Value]
+    BaseOptions: "type[Value]"
     """Options of the unquantized base, typed."""
 
     def types(self) -> Mapping[str, QuantizationType]:
         """Every quantization type by its usual name."""
         ...
 
-    def tools(self) -> tuple[Tool, ...]:
-        """The identities of all tools that can change the bytes of a conversion or quantization.
+    def tools(self, stage: str = "convert") -> "tuple[Tool, ...]":
+        """The identities of all tools that can change the output of a stage.
+
+        Args:
+            stage: ``convert``, which may use more tools than the others; ``quantize``, ``evaluate`` or ``benchmark``.
 
         Raises:
             UnsupportedError: if a tool is not installed; the message says how to install it.
         """
         ...
 
-    def check(self, variant: Variant) -> None:
+    def check(self, variant: "Variant") -> None:
         """Refuse a variant that cannot be made: unknown type or option, calibration needed.
 
         Raises:
@@ -198,7 +202,7 @@ class Format(Protocol):
         """The type of the unquantized base that these base options ask for, such as ``f16``."""
         ...
 
-    def parameters(self, variant: Variant) -> dict[str, Any]:
+    def parameters(self, variant: "Variant") -> dict[str, Any]:
         """The options of a variant in full, defaults filled in: what goes into the step's key."""
         ...
 
@@ -213,7 +217,7 @@ class Format(Protocol):
         """
         ...
 
-    def predict_size(self, tensors: Sequence[TensorShape], variant: Variant) -> int:
+    def predict_size(self, tensors: Sequence[TensorShape], variant: "Variant") -> int:
         """Predicted bytes of a variant's files, from the checkpoint's tensor shapes."""
         ...
 
@@ -225,7 +229,7 @@ class Format(Protocol):
         """
         ...
 
-    def quantize(self, base: Path, out: Path, variant: Variant, sandbox: "Sandbox") -> "Work":
+    def quantize(self, base: Path, out: Path, variant: "Variant", sandbox: "Sandbox") -> "Work":
         """Write a variant of the base in the folder `base` into the folder `out`.
 
         Returns:
