@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from modelmint.errors import ResourceError
+from modelmint.files import full_disk_named
 
 LONGEST_PAUSE_SECONDS = 0.2
 _FIRST_PAUSE_SECONDS = 0.002
@@ -116,7 +117,8 @@ def _acquire(path: Path, purpose: str, mode: int, wait_seconds: float | None) ->
     started = time.monotonic()
     pause, say_at = _FIRST_PAUSE_SECONDS, 0.0
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        with full_disk_named(path.parent):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             while not _try(descriptor, mode):
                 waited = time.monotonic() - started
@@ -172,7 +174,8 @@ def _signature(descriptor: int) -> str:
 
 def _own(folder: Path) -> None:
     """Make the folder for this user only; refuse one that somebody else has put in its place."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with full_disk_named(folder):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.geteuid():
         raise ResourceError(
             f"the folder of the machine's lock, {folder}, is not yours; set MODELMINT_HOST_LOCK to another"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from modelmint import locks
 from modelmint.errors import ResourceError
+from modelmint.files import full_disk_named
 
 _OWNER = ".owner"
 _log = logging.getLogger(__name__)
@@ -40,7 +41,8 @@ class Scratch:
         path = self.root / self._unique(label)
         with self._owned(_owner_file(path)):
             try:
-                path.mkdir()
+                with full_disk_named(self.root):
+                    path.mkdir()
                 yield path
             finally:
                 _clear(path)
@@ -73,7 +75,7 @@ class Scratch:
     def _owned(self, path: Path) -> Iterator[int]:
         """Make and lock a file; it is removed, if it is still there, before the lock is given up."""
         # Nobody sweeps between the making of the file and its lock.
-        with locks.held(self._lock, "work", shared=True, signed=False):
+        with locks.held(self._lock, "work", shared=True, signed=False), full_disk_named(self.root):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         try:

@@ -261,16 +261,14 @@ class Store:
     @contextmanager
     def workspace(self, key: str) -> Iterator[Path]:
         """A fresh folder under tmp/ for one step's work, removed afterwards whatever happens."""
-        with full_disk_named(self.root):
-            self._make()
+        self._make()
         with self.scratch.folder(_hex(key)[:12]) as folder:
             yield folder
 
     @contextmanager
     def lock(self, key: str, purpose: str) -> Iterator[int]:
         """Hold the lock of one step's key; yields its descriptor for child processes."""
-        with full_disk_named(self.root):
-            self._make()
+        self._make()
         with locks.held(self.lock_file(key), purpose) as descriptor:
             yield descriptor
 
@@ -281,8 +279,7 @@ class Store:
     @contextmanager
     def in_use(self, purpose: str) -> Iterator[None]:
         """Keep garbage collection away, for a step or for all steps of a release; may be nested."""
-        with full_disk_named(self.root):
-            self._make()
+        self._make()
         with locks.held(self.root / "locks" / "in-use", purpose, shared=True):
             yield
 
@@ -388,8 +385,9 @@ class Store:
     def _make(self) -> None:
         """Make the folders that everything else goes through."""
         try:
-            for name in ("tmp", "locks"):
-                make_folder(self.root / name)
+            with full_disk_named(self.root):
+                for name in ("tmp", "locks"):
+                    make_folder(self.root / name)
         except (PermissionError, NotADirectoryError) as error:
             raise ResourceError(
                 f"the store cannot be made in {self.root}: {error.strerror}; set MODELMINT_STORE to a folder of yours"
