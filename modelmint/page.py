@@ -62,8 +62,8 @@ class Gate(NamedTuple):
     bound: str
 
 
-def render(report: ReleaseReport) -> bytes:
-    """The page of a release, as UTF-8.
+def render_page(report: ReleaseReport) -> str:
+    """The page of a release, to be written as UTF-8.
 
     Args:
         report: what the release learned.
@@ -83,7 +83,7 @@ def render(report: ReleaseReport) -> bytes:
         answers=_answers(report),
         MISSING=MISSING,
     )
-    return text.translate(CONTROLS).encode()
+    return text.translate(CONTROLS)
 
 
 @cache

@@ -283,9 +283,9 @@ def records() -> list[StepRecord]:
 
 def main() -> None:
     """Write the page to the path given."""
-    from modelmint.page import render
+    from modelmint.page import render_page
 
-    Path(sys.argv[1]).write_bytes(render(sample()))
+    Path(sys.argv[1]).write_text(render_page(sample()), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 from sample_release import FIGURES, NOTICE, sample
 
-from modelmint.page import render
+from modelmint.page import render_page
 from modelmint.release import ReleaseReport, VariantReport
 from modelmint.report import Answer, Verdict, judge
 
@@ -21,12 +21,12 @@ HOSTILE = "</bdi><script>alert(1)</script><img src=x onerror=alert(2)>\"'&\x00\x
 class Elements(HTMLParser):
     """Every element of a page with its attributes, and the text of scripts and styles."""
 
-    def __init__(self, page: bytes) -> None:
+    def __init__(self, page: str) -> None:
         super().__init__()
         self.seen: list[tuple[str, dict[str, str | None]]] = []
         self.open: list[str] = []
         self.text: dict[str, str] = {}
-        self.feed(page.decode())
+        self.feed(page)
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.seen.append((tag, dict(attributes)))
@@ -51,23 +51,23 @@ def with_variants(*variants: VariantReport) -> ReleaseReport:
 
 
 def test_equal_reports_give_the_same_bytes():
-    assert render(sample()) == render(sample())
-    assert render(sample()) != render(sample().model_copy(update={"release": "another"}))
+    assert render_page(sample()) == render_page(sample())
+    assert render_page(sample()) != render_page(sample().model_copy(update={"release": "another"}))
 
 
 def test_the_page_is_well_formed_and_loads_nothing():
-    page = render(sample())
+    page = render_page(sample())
     elements = Elements(page)
     assert elements.open == []
     assert not {name for name, _ in elements.seen} & {"link", "img", "iframe", "object", "embed", "base", "form", "a"}
     attributes = {attribute for _, given in elements.seen for attribute in given}
     assert not attributes & {"src", "href", "srcset", "style", "action", "background"}
     assert not [attribute for attribute in attributes if attribute.startswith("on")]
-    assert not re.search(rb"https?:|//[a-z]|url\(|@import", page)
+    assert not re.search(r"https?:|//[a-z]|url\(|@import", page)
 
 
 def test_the_security_policy_allows_exactly_the_style_and_script_of_the_page():
-    elements = Elements(render(sample()))
+    elements = Elements(render_page(sample()))
     policy = next(meta["content"] for meta in elements.named("meta") if "http-equiv" in meta)
     for kind, tag in (("style-src", "style"), ("script-src", "script")):
         digest = base64.b64encode(hashlib.sha256(elements.text[tag].encode()).digest()).decode()
@@ -96,18 +96,18 @@ def test_a_hostile_name_is_text_wherever_it_stands():
     report = with_variants(sample().variants[0], variant).model_copy(
         update={"source": source, "failure": HOSTILE, "release": HOSTILE, "continues": HOSTILE}
     )
-    page = render(report)
+    page = render_page(report)
     elements = Elements(page)
     assert elements.open == []
     assert len(list(elements.named("script"))) == 1
     assert "alert" not in elements.text["script"]
     assert not list(elements.named("img"))
-    assert b"&lt;script&gt;alert(1)&lt;/script&gt;" in page
-    assert not re.search(rb"[\x00-\x08\x0b\x0e-\x1f\x7f]", page)
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert not re.search(r"[\x00-\x08\x0b\x0e-\x1f\x7f]", page)
 
 
 def test_every_variant_with_its_figures_reasons_and_tools_is_on_the_page():
-    page = render(sample()).decode()
+    page = render_page(sample())
     for name in FIGURES:
         assert f"gguf:{name}" in page
         assert f"SmolLM2-135M-Instruct-{name}.gguf" in page
@@ -132,7 +132,7 @@ def test_every_variant_with_its_figures_reasons_and_tools_is_on_the_page():
 
 def test_the_best_figure_is_that_of_a_variant_that_passed():
     # Q4_0 is smaller and prefills faster than any other, but its gates refused it.
-    best = re.findall(r'<td class="number best" data-value="([^"]+)">', render(sample()).decode())
+    best = re.findall(r'<td class="number best" data-value="([^"]+)">', render_page(sample()))
     assert "94000000.0" in best
     assert "92000000.0" not in best
     assert "573.0" in best
@@ -141,7 +141,7 @@ def test_the_best_figure_is_that_of_a_variant_that_passed():
 
 def test_a_failed_release_says_so_and_why():
     failed = sample().variants[5].model_copy(update={"required": True})
-    page = render(with_variants(failed)).decode()
+    page = render_page(with_variants(failed))
     assert "Release failed: a required variant fell short" in page
     assert "0 of 1 variants passed; 1 required failed a gate." in page
 
@@ -150,7 +150,7 @@ def test_a_release_that_made_nothing_still_has_a_page():
     verdict = Verdict(passed=False, checks=(), failure="quantize failed: the disk is full")
     unmade = VariantReport(variant="gguf:Q8_0", format="gguf", type="Q8_0", verdict=verdict)
     bare = with_variants(unmade).model_copy(update={"evaluation": None, "host": None, "hardware": None, "steps": ()})
-    page = render(bare).decode()
+    page = render_page(bare)
     assert "Release incomplete: a stage failed" in page
     assert "quantize failed: the disk is full" in page
     assert "not made" in page
@@ -160,7 +160,7 @@ def test_a_release_that_made_nothing_still_has_a_page():
 def test_answers_that_differ_stand_apart_and_equal_ones_together():
     first, *rest = sample().judged
     other = Answer(prompt="What is the capital of France?", text="Lyon, of course.", tokens=5, stopped=True)
-    page = render(with_variants(first.model_copy(update={"answers": (other,)}), *rest)).decode()
+    page = render_page(with_variants(first.model_copy(update={"answers": (other,)}), *rest))
     assert page.count("The capital of France is Paris.") == 1
     assert page.count("Lyon, of course.") == 1
     # Equal answers name those who gave them.
