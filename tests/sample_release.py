@@ -6,16 +6,18 @@
 import sys
 from pathlib import Path
 
-from modelmint.artifact import Artifact, FileEntry, Step, StepRecord, Tool, digest_of_bytes
+from modelmint.artifact import Artifact, FileEntry, Invocation, Step, StepRecord, Tool, digest_of_bytes
 from modelmint.recipe import Recipe, Variant
 from modelmint.release import (
     EvaluationReport,
     Links,
+    ReleaseLock,
     ReleaseReport,
     SourceReport,
     StepCount,
     StepReport,
     VariantReport,
+    build_lock,
 )
 from modelmint.report import Answer, HardwareClass, Host, Measurement, judge
 
@@ -27,6 +29,11 @@ HOST = Host(
     memory_bytes=8_345_000_000,
     system="Linux 6.1.0 x86_64",
     name="forge-1",
+)
+INVOCATION = Invocation(
+    flow_run="0f6dd8a1-1f0e-4f0a-9a3f-6f2f2a7f2a10",
+    tracking_run="5b1f6e0c9d3a4b52a1e8f7c6d5b4a392",
+    release="smollm2-135m-20260901-100407",
 )
 LLAMA_CPP = Tool(
     name="llama-cpp-python",
@@ -234,7 +241,7 @@ def sample() -> ReleaseReport:
     variants = (base(), *(variant(wanted) for wanted in RECIPE.variants))
     shared = tuple(StepReport.of(step, reused=True) for step in (ACQUIRE, INSPECT, REFERENCE))
     return ReleaseReport(
-        release="smollm2-135m-20260901-100407",
+        release=INVOCATION.release,
         recipe=RECIPE,
         recipe_digest=RECIPE.digest,
         source=SourceReport(
@@ -268,7 +275,7 @@ def sample() -> ReleaseReport:
         created="2026-09-01T10:06:31Z",
         seconds=144.2,
         continues="smollm2-135m-20260901-095512",
-        links=Links(flow_run="0f6dd8a1-1f0e-4f0a-9a3f-6f2f2a7f2a10", tracking_run="5b1f6e0c9d3a4b52a1e8f7c6d5b4a392"),
+        links=Links(flow_run=INVOCATION.flow_run, tracking_run=INVOCATION.tracking_run),
         modelmint="0.1.0",
     )
 
@@ -279,6 +286,18 @@ def records() -> list[StepRecord]:
     measuring_all = [measuring(name, step) for name, step in zip(FIGURES, made, strict=True)]
     shared = [ACQUIRE, INSPECT, REFERENCE, CONVERT, *measuring("f16", CONVERT)]
     return [*shared, *made, *(step for pair in measuring_all for step in pair)]
+
+
+def lock(in_order: list[StepRecord] | None = None) -> ReleaseLock:
+    """Its lock, from the records in any order."""
+    return build_lock(
+        recipe=RECIPE,
+        source=str(RECIPE.source),
+        snapshot=SNAPSHOT,
+        records=in_order or records(),
+        variants=sample().variants,
+        data={"evaluation": digest_of_bytes(b"text")},
+    )
 
 
 def main() -> None:

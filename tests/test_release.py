@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
-from sample_release import FIGURES, RECIPE, SNAPSHOT, measurements, records, sample
+from sample_release import FIGURES, RECIPE, SNAPSHOT, lock, measurements, records, sample
 
 from modelmint.release import (
     ReleaseLock,
@@ -21,17 +21,6 @@ from modelmint.release import (
 from modelmint.report import Bound, Measurement, judge
 
 pytestmark = pytest.mark.pure
-
-
-def lock(in_order: list | None = None) -> ReleaseLock:
-    return build_lock(
-        recipe=RECIPE,
-        source=str(RECIPE.source),
-        snapshot=SNAPSHOT,
-        records=in_order or records(),
-        variants=sample().variants,
-        data={"evaluation": "sha256:" + "0" * 64},
-    )
 
 
 def ending(outcome: str, required: bool) -> VariantReport:
