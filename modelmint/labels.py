@@ -73,10 +73,12 @@ def place(
     """
     placed: list[Box] = []
     for x, y, text in anchors:
+        reach = Box.around(x, y, radius + DISTANCES[-1] + text_width(text))
+        near = [box for box in (*covers, *placed) if box.overlap(reach)]
 
-        def cost(box: Box, x: float = x, y: float = y) -> float:
+        def cost(box: Box, x: float = x, y: float = y, near: Sequence[Box] = near) -> float:
             outside = (box.right - box.left) * HEIGHT - box.overlap(frame)
-            hidden = sum(box.overlap(other) for other in (*covers, *placed))
+            hidden = sum(box.overlap(other) for other in near)
             crossed = sum(box.overlap(line) for line in lines)
             return OUTSIDE * outside + HIDDEN * hidden + CROSSED * crossed + box.distance(x, y)
 

@@ -10,6 +10,7 @@ Laws, tested under the same words:
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ from modelmint.release import ReleaseReport, VariantReport, exit_code
 from modelmint.report import MEASURES, Bound, Check
 from modelmint.table import duration
 
-CONTROLS = dict.fromkeys((*range(9), 11, 12, *range(14, 32), 127), "�")
+CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 """Control characters that no text needs and HTML does not allow."""
 
 OUTCOMES = {
@@ -83,7 +84,7 @@ def render_page(report: ReleaseReport) -> str:
         answers=_answers(report),
         MISSING=MISSING,
     )
-    return text.translate(CONTROLS)
+    return CONTROLS.sub("�", text)
 
 
 @cache
@@ -101,6 +102,7 @@ def _template() -> Template:
     environment.filters.update(
         bound=_bound,
         cell=cell,
+        check_of=_check_of,
         duration=duration,
         exact=_exact,
         moment=_moment,
@@ -264,6 +266,12 @@ class GivenAnswer(NamedTuple):
     stopped: bool
     tokens: int
     names: str
+
+
+def _check_of(variant: VariantReport, gate: Gate) -> Check | None:
+    """The check behind one cell of the gates; None where that variant has no such gate."""
+    checks = variant.verdict.checks if variant.verdict else ()
+    return next((check for check in checks if check.measure == gate.measure), None)
 
 
 def _answers(report: ReleaseReport) -> list[tuple[str, list[GivenAnswer]]]:

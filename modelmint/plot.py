@@ -16,7 +16,7 @@ RADIUS = 5.5
 FLOOR = 1e-4
 """Values below have no place on the logarithmic axis and are drawn here: nobody can tell them from lossless."""
 
-MAX_LABELS = 40
+MAX_LABELS = 16
 
 
 class Point(NamedTuple):

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
-from rich.measure import Measurement as Width
 from rich.table import Table
 from rich.text import Text
 
@@ -78,17 +78,22 @@ def _release(report: ReleaseReport, report_path: Path | None, width: int) -> Ren
 
 def _fitting(report: ReleaseReport, width: int) -> tuple[Table, list[Column]]:
     """The table with as many columns as fit, and those that were left out."""
-    console = Console(width=WIDE)
-    rest, left_out = list(COLUMNS), list[Column]()
+    ends = [max(map(cell_len, ("variant", *(v.variant for v in report.variants)))), len("incomplete")]
+    widths = {
+        column: max(map(cell_len, (column.title, column.unit, *(_shown(v, column) for v in report.variants))))
+        for column in COLUMNS
+    }
+    left_out: list[Column] = []
     while True:
         for gap in (2, 1):
-            table = _release_table(report, rest, gap)
-            if Width.get(console, console.options, table).maximum <= width:
-                return table, left_out
-        if len(rest) == 1:
-            return table, left_out
-        left_out.append(min(rest, key=lambda column: column.keep))
-        rest.remove(left_out[-1])
+            if sum(ends) + sum(widths.values()) + gap * (len(widths) + 1) + len("  ") <= width or len(widths) == 1:
+                return _release_table(report, list(widths), gap), left_out
+        left_out.append(min(widths, key=lambda column: column.keep))
+        del widths[left_out[-1]]
+
+
+def _shown(variant: VariantReport, column: Column) -> str:
+    return cell(variant, column, spread=column.measure == "kl_divergence")
 
 
 def _release_table(report: ReleaseReport, columns: Sequence[Column], gap: int) -> Table:
@@ -113,7 +118,7 @@ def _table(gap: int = 2) -> Table:
 
 def _release_cell(variant: VariantReport, column: Column, winners: frozenset[str]) -> Text:
     text = Text(style="bold" if variant.variant in winners else "")
-    shown, _, spread = cell(variant, column, spread=column.measure == "kl_divergence").partition(" ± ")
+    shown, _, spread = _shown(variant, column).partition(" ± ")
     text.append(shown)
     if spread:
         text.append(f" ± {spread}", style="dim")

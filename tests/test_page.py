@@ -11,7 +11,7 @@ from sample_release import FIGURES, NOTICE, sample
 
 from modelmint.page import render_page
 from modelmint.release import ReleaseReport, VariantReport
-from modelmint.report import Answer, Verdict, judge
+from modelmint.report import Answer, Bound, Verdict, judge
 
 pytestmark = pytest.mark.pure
 
@@ -144,6 +144,17 @@ def test_a_failed_release_says_so_and_why():
     page = render_page(with_variants(failed))
     assert "Release failed: a required variant fell short" in page
     assert "0 of 1 variants passed; 1 required failed a gate." in page
+
+
+def test_a_variant_may_have_other_gates_than_the_rest():
+    first, second, third = sample().judged[:3]
+    looser = judge(second.measurements, {"kl_divergence": Bound(max=0.3)})
+    page = render_page(with_variants(first, second.model_copy(update={"verdict": looser}), third))
+    assert '✓ 0.0085<div class="small">≤ 0.3</div>' in page
+    # Eight of the nine gates of the others are none of its own.
+    assert page.count(">no gate</td>") == 8
+    # Without a bound that all share there is no line to draw.
+    assert "gate-label" not in page.partition("<svg")[2]
 
 
 def test_a_release_that_made_nothing_still_has_a_page():
