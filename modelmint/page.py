@@ -202,7 +202,7 @@ def _plots(report: ReleaseReport) -> list[Markup]:
         ("size", "size, MB (smaller is better)", 1e-6, "MB"),
         ("decode_rate", "decode, tokens/s (faster is better)", 1.0, "tokens/s"),
     ):
-        points = _points(report, measure, scale, len(formats) > 1)
+        points = _points(report, measure, scale, unit, len(formats) > 1)
         if not points:
             continue
         asides = [
@@ -223,14 +223,14 @@ def _plots(report: ReleaseReport) -> list[Markup]:
     return plots
 
 
-def _points(report: ReleaseReport, measure: str, scale: float, with_format: bool) -> list[Point]:
+def _points(report: ReleaseReport, measure: str, scale: float, unit: str, with_format: bool) -> list[Point]:
     points = []
     for variant in report.judged:
         x, y = variant.measurement(measure), variant.measurement("kl_divergence")
         if x is None or y is None:
             continue
         label = variant.variant if with_format else variant.variant.partition(":")[2]
-        detail = f"{variant.variant} ({variant.outcome}): KL {y.value:.4g}, {three_digits(x.value * scale)}"
+        detail = f"{variant.variant} ({variant.outcome}): KL {y.value:.4g}, {three_digits(x.value * scale)} {unit}"
         passed = variant.outcome == "passed"
         points.append(Point(x.value * scale, y.value, y.spread, label, detail, passed))
     return points
