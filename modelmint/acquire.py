@@ -16,8 +16,10 @@ from modelmint.host import free_disk_bytes
 from modelmint.isolate import Progress
 from modelmint.recipe import ModelRef
 from modelmint.settings import Settings
-from modelmint.sources import PinnedFile, PinnedRef, Source, source_of
+from modelmint.sources import PinnedFile, PinnedRef, source_of
 from modelmint.step import Context, StepResult, Work, Workspace, run_step
+
+__all__ = ["Meter", "PinnedFile", "PinnedRef", "acquire", "fetch_checked", "mismatch", "resolve", "step_of"]
 
 STAGE_VERSION = 1
 MAX_CHECKPOINT_BYTES = 400 * 10**9
@@ -89,17 +91,28 @@ def _refuse_without_room(pinned: PinnedRef, needed: int, folder: Path) -> None:
 
 
 def _get(pinned: PinnedRef, file: PinnedFile, target: Path, context: Context, meter: "Meter") -> None:
-    """Have a file under `target` with the bytes that its source declares; a bad one is fetched again, once."""
-    if _take_from_store(file, target, context, meter):
-        return
-    source: Source = source_of(pinned.ref)
+    """Have a file under `target`, from the store if it has those contents already, else from its source."""
+    if not _take_from_store(file, target, context, meter):
+        fetch_checked(pinned, file, target, context.settings, meter.add)
+
+
+def fetch_checked(
+    pinned: PinnedRef, file: PinnedFile, target: Path, settings: Settings, on_bytes: Callable[[int], None]
+) -> None:
+    """Fetch a file with the bytes that its source declares; a bad one is evicted and fetched again, once.
+
+    Raises:
+        SourceError: if it came twice with other bytes, or is not what was pinned.
+        NetworkError: if the remote end failed for now; what came is kept in `target`.
+    """
+    source = source_of(pinned.ref)
     for _ in range(2):
-        source.fetch(pinned, file, target, context.settings, meter.add)
+        source.fetch(pinned, file, target, settings, on_bytes)
         wrong = mismatch(file, target)
         if not wrong:
             return
         target.unlink()
-        meter.add(-file.size)
+        on_bytes(-file.size)
     raise SourceError(
         f"{pinned}: {file.path} came twice with other bytes than its source declares: {wrong}; "
         "the source or the way to it is damaged: try another network, or report it to the repository's owner"

@@ -76,7 +76,7 @@ def tokenizer_json() -> dict[str, Any]:
     return {
         "version": "1.0",
         "added_tokens": special,
-        "model": {"type": "BPE", "vocab": VOCABULARY, "merges": [], "unk_token": "<unk>"},
+        "model": {"type": "BPE", "vocab": dict(VOCABULARY), "merges": [], "unk_token": "<unk>"},
     }
 
 
