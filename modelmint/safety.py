@@ -23,7 +23,7 @@ _SIGNATURES = (
     (b"\x89HDF", "an HDF5 file"),
     (b"\x93NUMPY", "a NumPy file"),
     (b"\x7fELF", "a program"),
-    (b"MZ", "a program"),
+    (b"MZ\x90\0", "a program"),
     (b"\x1f\x8b", "a gzip archive"),
     (b"BZh", "a bzip2 archive"),
     (b"\xfd7zXZ", "an xz archive"),
@@ -31,6 +31,7 @@ _SIGNATURES = (
     (b"Rar!", "a RAR archive"),
     (b"\x28\xb5\x2f\xfd", "a zstd archive"),
 )
+_ZIPS = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")
 # What a pickle needs to do anything but build plain values.
 _ACTS = {"GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "REDUCE", "BUILD", "EXT1", "EXT2", "EXT4"}
 _WAY_OUT = "it was not opened; use a checkpoint whose files are what their names say"
@@ -84,7 +85,7 @@ def foreign_kind(file: Path, head: bytes) -> str:
     for signature, kind in _SIGNATURES:
         if head.startswith(signature):
             return kind
-    if head[:2] == b"PK" or (file.stat().st_size <= _ARCHIVE_BYTES and zipfile.is_zipfile(file)):
+    if head[:4] in _ZIPS or (file.stat().st_size <= _ARCHIVE_BYTES and zipfile.is_zipfile(file)):
         return _archive(file)
     if head[257:262] == b"ustar":
         return "a tar archive"
