@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-OTHER_KINDS = {"fake": ("modelmint.formats.fake_model", "FakeSession")}
-"""Checkpoints that are not PyTorch's, by ``model_type``: the module and class of their session, which is not native."""
+OTHER_KINDS = {"fake": ("modelmint.formats.fake_model", "FakeTokenizer", "FakeSession")}
+"""Checkpoints that are not PyTorch's, by ``model_type``: module and classes of tokenizer and session, none native."""
 
 
 class SourceSession(Session, SourceTokenizer, Protocol):
@@ -46,8 +46,8 @@ def open_tokenizer(folder: Path) -> SourceTokenizer:
     Raises:
         UnsupportedError: if the folder has none that can be opened.
     """
-    other = _other_kind(folder)
-    return CheckpointTokenizer(folder) if other is None else other
+    other = _other_kind(folder, tokenizer_only=True)
+    return CheckpointTokenizer(folder) if other is None else cast(SourceTokenizer, other)
 
 
 def open_source(folder: Path, dtype: str, threads: int) -> SourceSession:
@@ -61,16 +61,17 @@ def open_source(folder: Path, dtype: str, threads: int) -> SourceSession:
     Raises:
         UnsupportedError: if transformers does not know the architecture or cannot open the files.
     """
-    other = _other_kind(folder)
-    return CheckpointSession(folder, dtype, threads) if other is None else other
+    other = _other_kind(folder, tokenizer_only=False)
+    return CheckpointSession(folder, dtype, threads) if other is None else cast(SourceSession, other)
 
 
-def _other_kind(folder: Path) -> SourceSession | None:
+def _other_kind(folder: Path, *, tokenizer_only: bool) -> object | None:
     kind = _json(folder / "config.json").get("model_type")
     if kind not in OTHER_KINDS:
         return None
-    module, name = OTHER_KINDS[kind]
-    return cast(SourceSession, getattr(importlib.import_module(module), name)(folder))
+    module, tokenizer, session = OTHER_KINDS[kind]
+    opened: object = getattr(importlib.import_module(module), tokenizer if tokenizer_only else session)(folder)
+    return opened
 
 
 class CheckpointTokenizer:

@@ -1,14 +1,18 @@
 """How far one predictive distribution is from another, from a compact record of the first.
 
-For a reference distribution p and a variant's q over one vocabulary, with d = log q - log p,
+For a reference distribution p and a variant's q over one vocabulary, KL(p, q) = sum p * g(log q - log p) with
+g(d) = exp(d) - 1 - d, because sum p * (q / p - 1) vanishes. Every term is at least 0, so nearly equal distributions
+lose no digits to cancellation.
 
-    KL(p, q) = sum p * g(d),    g(d) = exp(d) - 1 - d,
+The record keeps the K most probable tokens of p, the mass P of the rest, and M tokens drawn from the rest in proportion
+to p. The variant's own mass Q of that rest is summed exactly from its logits. By the chain rule the divergence is that
+of the top and of the rest taken as one token, which is exact, and P times that inside the rest, which is a sample mean:
 
-because sum p * (q / p - 1) vanishes. Every term is at least 0, so nearly equal distributions lose no digits to
-cancellation. The record keeps the K most probable tokens of p; of the rest, whose mass is P, it keeps M tokens drawn in
-proportion to p. The estimate is exact on the first and a sample mean on the second:
+    KL = sum_top p * g(log q - log p) + P * g(log Q - log P) + P * mean_sampled g(log(q / Q) - log(p / P))
 
-    KL = sum_top p * g(d) + P * mean_sampled g(d)
+With Q / P as one more exact term the sample only has to tell how p and q differ *inside* the rest. Without it (g of
+log q - log p) the estimate is as unbiased, but for a broken variant, whose q puts much mass where p has next to none,
+nearly every draw misses that mass, and the divergence reads too low by it.
 
 Laws, tested under the same words:
 
@@ -87,19 +91,31 @@ def id_type(vocabulary: int) -> type[np.uint16] | type[np.uint32]:
     return np.uint16 if vocabulary <= 1 << 16 else np.uint32
 
 
-def log_normalizer(logits: Floats) -> Doubles:
-    """The logarithm of sum exp over the last axis, for logits of shape (n, vocabulary).
+def log_normalizer(logits: Floats, top_ids: Integers | None = None) -> tuple[Doubles, Doubles]:
+    """The logarithm of sum exp of each row, and the probability of all tokens outside the row's `top_ids`.
 
-    Exponentials are float32, their sum and its logarithm float64.
+    Exponentials are float32, their sums and logarithms float64.
+
+    Args:
+        logits: shape (n, vocabulary).
+        top_ids: shape (n, K); None for none, where the probability is 1.
+
+    Returns:
+        Two arrays of shape (n,).
     """
-    result = np.empty(len(logits), np.float64)
+    result, rest = np.empty(len(logits)), np.ones(len(logits))
     scratch = np.empty((min(ROWS, len(logits)), logits.shape[1]), np.float32)
     for start in range(0, len(logits), ROWS):
-        block = logits[start : start + ROWS]
+        rows = slice(start, start + ROWS)
+        block = logits[rows]
         peak = block.max(axis=1, keepdims=True)
         powers = np.exp(np.subtract(block, peak, out=scratch[: len(block)]), out=scratch[: len(block)])
-        result[start : start + ROWS] = peak[:, 0] + np.log(powers.sum(axis=1, dtype=np.float64))
-    return result
+        total = powers.sum(axis=1, dtype=np.float64)
+        result[rows] = peak[:, 0] + np.log(total)
+        if top_ids is not None:
+            np.put_along_axis(powers, top_ids[rows].astype(np.int64), 0.0, axis=1)
+            rest[rows] = powers.sum(axis=1, dtype=np.float64) / total
+    return result, rest
 
 
 def all_finite(logits: Floats) -> bool:
@@ -123,7 +139,7 @@ def compress(logits: Floats, targets: Integers, *, top: int, sample: int, genera
     vocabulary = logits.shape[1]
     exact = vocabulary <= top + sample
     kept, drawn = (vocabulary, 0) if exact else (top, sample)
-    normalizer = log_normalizer(logits)
+    normalizer, _ = log_normalizer(logits)
     ids = id_type(vocabulary)
     parts: list[tuple[Integers, Integers, Doubles]] = []
     for start in range(0, len(logits), ROWS):
@@ -157,13 +173,11 @@ def compare(reference: Compact, logits: Floats, targets: Integers) -> Comparison
         logits: shape (n, vocabulary), finite, over the same vocabulary.
         targets: shape (n,), the tokens that came next.
     """
-    normalizer = log_normalizer(logits)
+    normalizer, q_rest = log_normalizer(logits, None if reference.exact else reference.top_ids)
     divergence = _terms(reference.top_log_probs, _log_probs(logits, normalizer, reference.top_ids)).sum(axis=1)
     if not reference.exact:
-        log_q = _log_probs(logits, normalizer, reference.sample_ids)
-        gains = _gain(log_q - reference.sample_log_probs.astype(np.float64))
-        # Where nothing is left of the rest, what was drawn means nothing.
-        divergence += np.where(reference.rest_mass > 0, reference.rest_mass * gains.mean(axis=1), 0.0)
+        p_rest = reference.rest_mass.astype(np.float64)
+        divergence += _rest(p_rest, q_rest, reference, _log_probs(logits, normalizer, reference.sample_ids))
     return Comparison(
         divergence=divergence,
         agrees=logits.argmax(axis=1) == reference.top_ids[:, 0],
@@ -211,17 +225,22 @@ def _log_probs(logits: Floats, normalizer: Doubles, ids: Integers) -> Doubles:
     return result
 
 
-def _gain(d: Doubles) -> Doubles:
-    """The function g(d) = exp(d) - 1 - d; without overflow for any d that can matter."""
-    result: Doubles = np.expm1(np.minimum(d, 700.0)) - d
-    return result
+def _rest(p_rest: Doubles, q_rest: Doubles, reference: Compact, log_q: Doubles) -> Doubles:
+    """What the tokens outside the top add: as one token exactly, and inside of it by those drawn."""
+    tiny = np.finfo(np.float64).tiny
+    log_p_rest = np.log(np.maximum(p_rest, tiny))
+    # Where q's mass underflows its logarithm is unknown, and the drawn tokens have to tell all of it.
+    log_q_rest = np.where(q_rest > 0, np.log(np.maximum(q_rest, tiny)), log_p_rest)
+    inside = (log_q - log_q_rest[:, None]) - (reference.sample_log_probs - log_p_rest[:, None])
+    drawn = (np.expm1(np.minimum(inside, 700.0)) - inside).mean(axis=1)
+    return _terms(log_p_rest, log_q_rest) + np.where(p_rest > 0, p_rest * drawn, 0.0)
 
 
-def _terms(log_p: Floats, log_q: Doubles) -> Doubles:
+def _terms(log_p: Floats | Doubles, log_q: Doubles) -> Doubles:
     """The terms p * g(log q - log p); from q itself where p is so small that their quotient overflows."""
     p_log = log_p.astype(np.float64)
     p, d = np.exp(p_log), log_q - p_log
-    near: Doubles = p * _gain(np.minimum(d, 1.0))
+    near: Doubles = p * (np.expm1(np.minimum(d, 1.0)) - d)
     return np.where(d < 1.0, near, np.exp(log_q) - p - p * d)
 
 
@@ -229,7 +248,12 @@ def _most_probable(block: Floats, count: int) -> Integers:
     """Ids of the `count` largest logits of each row, largest first, equals by id."""
     if count == block.shape[1]:
         return np.argsort(-block, axis=1, kind="stable")
-    found = np.sort(np.argpartition(block, -count, axis=1)[:, -count:], axis=1)
+    found = np.argpartition(block, -count, axis=1)[:, -count:]
+    # Of more than `count` equal largest ones, the partition may leave out the first, which argmax names.
+    best = block.argmax(axis=1)
+    absent = (found != best[:, None]).all(axis=1)
+    found[absent, 0] = best[absent]
+    found.sort(axis=1)
     order = np.argsort(-np.take_along_axis(block, found, axis=1), axis=1, kind="stable")
     return np.take_along_axis(found, order, axis=1)
 

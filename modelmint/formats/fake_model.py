@@ -79,25 +79,15 @@ def unpack(tensors: Mapping[str, "NDArray[Any]"], bits: int, group: int) -> "NDA
     return table
 
 
-class FakeSession:
-    """A checkpoint, a base or a variant of this format, opened. Predictions mix the rows of the last tokens."""
+class FakeTokenizer:
+    """Bytes, and the special tokens after them."""
 
     def __init__(self, folder: Path) -> None:
-        from safetensors.numpy import load_file
-
-        started = time.perf_counter()
-        config = json.loads((folder / CONFIG).read_text())
-        if config.get("fail") == "evaluate":
-            raise ToolError("the file does not load, as the option fail=evaluate asks")
-        tensors = load_file(folder / WEIGHTS)
-        self._table = tensors["table"] if "table" in tensors else unpack(tensors, config["bits"], config["group"])
-        self._decay = config["decay"]
         tokenizer = json.loads((folder / TOKENIZER).read_text())
         self.vocabulary = VOCABULARY
         self.special_tokens = SpecialTokens(BEGINNING, (END,), tokenizer["add_bos_token"])
         self.chat_template = tokenizer["chat_template"]
         self.template_variables = {name: tokenizer[name] for name in ("bos_token", "eos_token")}
-        self._load_seconds = time.perf_counter() - started
 
     def tokenize(self, text: str, *, special: bool = False) -> list[int]:
         """A token for each byte of UTF-8."""
@@ -110,6 +100,23 @@ class FakeSession:
     def detokenize(self, tokens: Sequence[int]) -> str:
         """The text of the bytes."""
         return bytes(token for token in tokens if token < 256).decode(errors="replace")
+
+
+class FakeSession(FakeTokenizer):
+    """A checkpoint, a base or a variant of this format, opened. Predictions mix the rows of the last tokens."""
+
+    def __init__(self, folder: Path) -> None:
+        from safetensors.numpy import load_file
+
+        super().__init__(folder)
+        started = time.perf_counter()
+        config = json.loads((folder / CONFIG).read_text())
+        if config.get("fail") == "evaluate":
+            raise ToolError("the file does not load, as the option fail=evaluate asks")
+        tensors = load_file(folder / WEIGHTS)
+        self._table = tensors["table"] if "table" in tensors else unpack(tensors, config["bits"], config["group"])
+        self._decay = config["decay"]
+        self._load_seconds = time.perf_counter() - started
 
     def logits(self, tokens: Sequence[int], first: int = 0) -> "NDArray[np.float32]":
         """The rows of the last tokens, each weighing less than the one after it."""
