@@ -388,7 +388,7 @@ class Store:
             with full_disk_named(self.root):
                 for name in ("tmp", "locks"):
                     make_folder(self.root / name)
-        except (PermissionError, NotADirectoryError) as error:
+        except OSError as error:
             raise ResourceError(
                 f"the store cannot be made in {self.root}: {error.strerror}; set MODELMINT_STORE to a folder of yours"
             ) from error
