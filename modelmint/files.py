@@ -29,8 +29,8 @@ def disk_full(folder: Path, why: str) -> ResourceError:
     usage = shutil.disk_usage(existing)
     return ResourceError(
         f"no space for {folder}: the disk mounted at {mount} has {usage.free} of {usage.total} bytes free ({why}); "
-        "make space (`modelmint store gc` removes what no release needs) or set MODELMINT_STORE to another disk, "
-        "and run again: finished steps are reused"
+        "make space (`modelmint store gc` removes what no release needs) or move the store to a larger disk "
+        "(MODELMINT_STORE), and run again: finished steps are reused"
     )
 
 
