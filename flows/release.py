@@ -30,7 +30,7 @@ from tasks.benchmark import benchmark
 from tasks.conclude import conclude, show
 from tasks.convert import convert
 from tasks.evaluate import evaluate, reference
-from tasks.inspect import inspect
+from tasks.inspect import inspect, preview
 from tasks.quantize import quantize
 from tasks.shown import outcome
 
@@ -89,9 +89,9 @@ def prepare(order: Order) -> Shared:
     """Pin, fetch and inspect the checkpoint, and fetch the text it is measured on."""
     recipe, context = order.recipe, order.context
     pinned = resolve(recipe.source, context.settings)
-    inspect(pinned, recipe, context, before_download=True)
+    preview(pinned, recipe, context)
     snapshot = acquire(pinned, context)
-    inspected = inspect(pinned, recipe, context, snapshot=snapshot)
+    inspected = inspect(snapshot, pinned, recipe, context)
     text = acquire_text(recipe.evaluation.data, context)
     return Shared(
         recipe=recipe,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from modelmint import formats
 from modelmint.errors import ModelMintError
 from modelmint.evaluate import read
-from modelmint.inspect import Inspection
+from modelmint.inspection import Inspection
 from modelmint.recipe import Recipe, Variant
 from modelmint.reference import first_scored
 from modelmint.release import EvaluationReport, ReleaseLock, SourceReport, StepReport, VariantReport, build_lock, merged

@@ -1,6 +1,5 @@
 """Resolve and acquire, as tasks: what talks to a remote end is tried again when the network fails."""
 
-from modelmint.acquire import PinnedRef
 from prefect import task
 from prefect.client.schemas.objects import State
 
@@ -8,6 +7,7 @@ from modelmint import acquire as stage
 from modelmint import text
 from modelmint.recipe import DatasetRef, ModelRef
 from modelmint.settings import Settings
+from modelmint.sources import PinnedRef
 from modelmint.step import Context, StepResult
 from tasks.shown import NETWORK, network_failed, shown, watched
 
