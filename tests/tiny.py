@@ -1,7 +1,7 @@
 """Tiny random checkpoints of real architectures, with a tokenizer trained on the spot: everything a converter asks for.
 
-Width 256, so that no quantization type has to fall back. The weights are spread more widely than fresh ones usually are, so
-that the next-token distributions are far from uniform and quantization shows.
+Width 256, so that no quantization type has to fall back. The weights are spread more widely than fresh ones usually
+are, so that the next-token distributions are far from uniform and quantization shows.
 """
 
 import functools
@@ -83,8 +83,8 @@ def _made(architecture: str, seed: int, config: str) -> Path:
 def _tokenizer(gemma: bool) -> Path:
     """Tokenizer files as real checkpoints ship them: the SentencePiece model, and the same as a tokenizers pipeline.
 
-    transformers only turns pieces into vocabulary and merges; its own Llama class puts no space before a text that begins
-    with one, unlike SentencePiece and llama.cpp.
+    transformers only turns pieces into vocabulary and merges; its own Llama class puts no space before a text that
+    begins with one, unlike SentencePiece and llama.cpp.
     """
     import transformers
 
@@ -126,8 +126,9 @@ def _tokenizer(gemma: bool) -> Path:
 
 @functools.cache
 def _sentencepiece(gemma: bool) -> bytes:
-    import sentencepiece
     from pydoc_data.topics import topics
+
+    import sentencepiece
 
     lines = [line.strip() for text in topics.values() for line in text.splitlines() if line.strip()]
     model = io.BytesIO()

@@ -1,1 +1,1 @@
-"""GGUF, the format of llama.cpp. `format` offers the names of the protocol; what runs in child processes imports less."""
+"""GGUF, the format of llama.cpp: `format` offers the protocol, and what runs in child processes imports less."""

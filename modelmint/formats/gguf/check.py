@@ -1,10 +1,12 @@
 """Looks a finished GGUF file over before anybody relies on it: a tool's exit code is not believed.
 
-llama.cpp loads many a file that is wrong (a vocabulary of another size, special tokens out of range, weights that are not
-numbers) and aborts the process on others. What can be known from the file is refused here, with a sentence instead of a crash.
+llama.cpp loads many a file that is wrong (a vocabulary of another size, special tokens out of range, weights that are
+not numbers) and aborts the process on others. What can be known from the file is refused here, with a sentence
+instead of a crash.
 """
 
 import ctypes
+import itertools
 import math
 import re
 from dataclasses import dataclass
@@ -120,7 +122,7 @@ def check_tokenizer(path: Path) -> None:
 
 def _check_layout(name: str, header: Header) -> None:
     placed = sorted(header.tensors, key=lambda tensor: tensor.start)
-    for before, after in zip(placed, placed[1:], strict=False):
+    for before, after in itertools.pairwise(placed):
         if before.start + before.size > after.start:
             raise _wrong(name, f"the tensors {before.name} and {after.name} overlap")
     last = placed[-1]
@@ -176,8 +178,8 @@ def _check_byte_tokens(name: str, header: Header, tokens: list[int | float | boo
     if missing:
         raise _wrong(
             name,
-            f"its SentencePiece vocabulary lacks {len(missing)} of the 256 byte tokens, first <0x{missing[0]:02X}>, and "
-            "llama.cpp aborts at the first text that needs one. Is the checkpoint's tokenizer of the right class "
+            f"its SentencePiece vocabulary lacks {len(missing)} of the 256 byte tokens, first <0x{missing[0]:02X}>, "
+            "and llama.cpp aborts at the first text that needs one. Is the checkpoint's tokenizer of the right class "
             "(tokenizer_class in tokenizer_config.json)? A SentencePiece model must be trained with byte_fallback",
         )
 

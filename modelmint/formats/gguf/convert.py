@@ -1,7 +1,8 @@
 """The unquantized base: llama.cpp's converter, run in a child process, and its output checked.
 
-The converter writes its folder's name into the file, and for some architectures it asks transformers to run code that comes
-with a checkpoint. So it is shown a folder of links, as its working folder and by no other name, in which there is no code.
+The converter writes its folder's name into the file, and for some architectures it asks transformers to run code that
+comes with a checkpoint. So it is shown a folder of links, as its working folder and by no other name, in which there
+is no code.
 """
 
 import json
@@ -99,8 +100,8 @@ def _run_script(arguments: list[str]) -> None:
 def _failed(reason: str) -> StageError | UnsupportedError:
     if any(sign in reason for sign in UNSUPPORTED):
         return UnsupportedError(
-            f"llama.cpp's converter does not take this checkpoint: {reason}. Choose another format, or a checkpoint of an "
-            "architecture and with a tokenizer that it knows (`modelmint inspect` tells before the download)"
+            f"llama.cpp's converter does not take this checkpoint: {reason}. Choose another format, or a checkpoint of "
+            "an architecture and with a tokenizer that it knows (`modelmint inspect` tells before the download)"
         )
     if "No space left on device" in reason:
         return ResourceError(f"the disk is full: {reason}")

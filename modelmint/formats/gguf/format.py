@@ -49,8 +49,8 @@ class VariantOptions(Value):
         leave_output_tensor: leave output.weight as it is in the base.
         output_tensor_type: the type of output.weight, such as ``q8_0``; empty for the mixture's.
         token_embedding_type: the type of the token embedding; empty for the mixture's.
-        tensor_types: ``pattern=type`` for tensors whose name contains the regular expression, such as ``attn_v=q8_0``; the
-            first that matches wins. A mapping from pattern to type is taken too.
+        tensor_types: ``pattern=type`` for tensors in whose name the regular expression is found, such as
+            ``attn_v=q8_0``; the first that matches wins. A mapping from pattern to type is taken too.
     """
 
     pure: bool = False
@@ -182,7 +182,7 @@ def predict_size(tensors: Sequence[TensorShape], variant: Variant) -> int:
     """Predicted bytes of a variant's file; see `predict`."""
     from modelmint.formats.gguf import predict
 
-    return predict.size_of_variant(tensors, variant.type, _options(variant))
+    return predict.size_of_variant(tensors, variant.type, parameters(variant))
 
 
 def convert(source: Path, out: Path, options: Mapping[str, Any], sandbox: Sandbox) -> Work:

@@ -1,20 +1,22 @@
 """Reads the header of a GGUF file: metadata and the list of tensors, never the weights.
 
-A file is foreign until it is checked, so nothing in it is believed: each count and length is held against the bytes that are
-there before memory is asked for. The library's own reader loops over an array of ten thousand million elements as told.
+A file is foreign until it is checked, so nothing in it is believed: each count and length is held against the bytes
+that are there before memory is asked for. The library's own reader loops over an array of ten thousand million
+elements as told.
 """
 
 import mmap
 import struct
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from modelmint.errors import ToolError
 from modelmint.formats.gguf.types import TENSOR_TYPES_BY_ID, TensorType
 
 Scalar = int | float | bool | bytes
-MetadataValue = Scalar | list[Scalar] | list[list[Scalar]]
+MetadataValue: TypeAlias = "Scalar | Sequence[MetadataValue]"
 
 MAX_TENSORS = 1 << 16
 MAX_KEYS = 1 << 16
@@ -88,7 +90,7 @@ class Header:
     def array(self, key: str) -> list[Scalar]:
         """The elements of a key; empty where it is missing or holds no array."""
         value = self.metadata.get(key)
-        return [item for item in value if not isinstance(item, list)] if isinstance(value, list) else []
+        return [item for item in value if isinstance(item, Scalar)] if isinstance(value, list) else []
 
     @property
     def architecture(self) -> str:
@@ -170,7 +172,7 @@ class _Reader:
         start = data_start + offset
         if offset % alignment or start + bytes_ > self._size:
             raise self._damaged(
-                f"tensor {name} lies at bytes {start} to {start + bytes_}, and the file has {self._size}: it is cut short"
+                f"tensor {name} lies at bytes {start} to {start + bytes_}, and the file has {self._size}: it is cut"
             )
         return StoredTensor(name, shape, kind, start, bytes_)
 
@@ -190,10 +192,9 @@ class _Reader:
         kind = int(self._scalar("<I"))
         count = self._count(f"elements of {key}", MAX_ELEMENTS)
         if kind not in _SCALARS:
-            read: Callable[[], MetadataValue] = (
-                self._string if kind == _STRING else lambda: self._typed(key, kind, depth + 1)
-            )
-            return [read() for _ in range(count)]  # type: ignore[misc] # strings, or arrays of scalars
+            if kind == _STRING:
+                return [self._string() for _ in range(count)]
+            return [self._typed(key, kind, depth + 1) for _ in range(count)]
         layout = f"<{count}{_SCALARS[kind][1]}"
         self._need(struct.calcsize(layout), key)
         values = list(struct.unpack_from(layout, self._content, self._at))

@@ -1,7 +1,7 @@
 """llama.cpp's C functions and what it prints, without the rest of the Python package around them.
 
-The package's own ``__init__`` imports its high-level interface, and with it numpy and a web of helpers: tens of megabytes
-that would count as the quantizer's memory. The module of plain declarations needs nothing but ctypes.
+The package's own ``__init__`` imports its high-level interface, and with it numpy and a web of helpers: tens of
+megabytes that would count as the quantizer's memory. The module of plain declarations needs nothing but ctypes.
 """
 
 import ctypes

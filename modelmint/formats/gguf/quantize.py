@@ -1,18 +1,17 @@
 """One variant: llama.cpp's own quantizer, called as llama-quantize calls it, so that the bytes are the same.
 
-It runs in a child process that imports nothing but ctypes and the declarations: what it needs besides the library itself
-counts as the quantizer's memory.
+It runs in a child process that imports nothing but ctypes and the declarations: what it needs besides the library
+itself counts as the quantizer's memory.
 """
 
 import ctypes
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modelmint.errors import ResourceError, StageError, ToolError, UnsupportedError
+from modelmint.errors import ModelMintError, ToolError, UnsupportedError
 from modelmint.formats.gguf import library
 from modelmint.formats.gguf.check import check_file, check_header
 from modelmint.formats.gguf.header import Header, read_header
@@ -26,6 +25,10 @@ if TYPE_CHECKING:
 
 FELL_BACK = re.compile(
     r"warning: (\S+) +- ncols +(\d+) not divisible by +\d+ \(required for type +(\S+)\).*?-> falling back to +(\S+)"
+)
+UNFIT = re.compile(
+    r"warning: (\S+) +- ncols +(\d+) not divisible by +(\d+) \(required for type +(\S+)\)[^>]*"
+    r"no tensor type fallback is defined"
 )
 STEP = re.compile(r"\[ *(\d+)/ *(\d+)\]")
 KEPT_HIGH = frozenset(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS"))
@@ -43,7 +46,8 @@ def quantize(base: Path, out: Path, type_name: str, options: Mapping[str, Any], 
         sandbox: limits of the child, and threads.
 
     Raises:
-        UnsupportedError: if a tensor's rows do not fit the type that an option asks for.
+        UnsupportedError: if a tensor's rows do not fit the type asked for, and llama.cpp has no other for them.
+        ResourceError: if the disk is full.
         ToolError: if the quantizer failed, or its output is not sound.
     """
     from modelmint.report import Measurement
@@ -76,10 +80,13 @@ def run(base: str, out: str, type_name: str, options: Mapping[str, Any], threads
     header = read_header(source)
     check_header(source.name, header)
     _check_widths(header, options)
+    fallbacks = _silent_fallbacks(header, FILE_TYPES[type_name], options)
+    # The vocabulary as Python objects would stay in memory beside the weights.
+    del header
     log = library.Log(library.INFO_LEVEL, _report)
     if call(source, target, FILE_TYPES[type_name], options, threads) != 0:
-        raise _failure(log, target)
-    fallbacks = [*_logged_fallbacks(log.text), *_silent_fallbacks(header, FILE_TYPES[type_name], options)]
+        raise failure(log, target)
+    fallbacks += _logged_fallbacks(log.text)
     contents = check_file(target)
     kinds = Counter(
         f"from {before} to {after}, because rows of {width} are not whole blocks" for before, after, width in fallbacks
@@ -129,15 +136,26 @@ def _report(text: str) -> None:
         progress(int(step[1]), int(step[2]), "tensors")
 
 
-def _failure(log: library.Log, target: Path) -> StageError:
-    space = os.statvfs(target.parent)
-    if "iostream error" in log.text and space.f_bavail * space.f_frsize < 1 << 20:
-        return ResourceError(f"the disk of {target.parent} is full; free some space and run again")
+def failure(log: library.Log, target: Path) -> ModelMintError:
+    """The error for a call that did not succeed.
+
+    Raises:
+        OSError: what the system says of the output file, where the library could not write it and does not say why.
+    """
+    if "iostream error" in log.text:
+        with target.open("ab", buffering=0) as file:
+            file.write(bytes(1 << 16))
+    unfit = UNFIT.search(log.text)
+    if unfit:
+        return UnsupportedError(
+            f"{unfit[4]} stores blocks of {unfit[3]}, and the rows of {unfit[1]} have {unfit[2]} numbers; llama.cpp "
+            "has no other type for them: take one with blocks of 32, such as Q4_0, or of 256, which fall back"
+        )
     return ToolError(f"llama.cpp's quantizer failed: {log.last or 'it does not say why'}", stderr_tail=log.text[-4096:])
 
 
 def _check_widths(header: Header, options: Mapping[str, Any]) -> None:
-    """Refuse what the library does not check: it aborts on rows that are no whole blocks of a type asked for by name."""
+    """Refuse a type asked for by name whose blocks do not fill a tensor's rows: the library aborts on it."""
     for option, names in (
         ("token_embedding_type", ("token_embd.weight", "per_layer_token_embd.weight")),
         ("output_tensor_type", ("output.weight",)),
@@ -169,6 +187,7 @@ def _silent_fallbacks(header: Header, kind: FileType, options: Mapping[str, Any]
         or not default.quantized
         or tensor.width % default.block == 0
         or kind.name in ("MXFP4_MOE", "Q8_0")
+        or header.architecture == "falcon"
         or options["pure"]
         or options["output_tensor_type"]
         or (options["leave_output_tensor"] and not tied)

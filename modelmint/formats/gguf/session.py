@@ -1,7 +1,7 @@
 """A GGUF file under llama.cpp, measured: logits, greedy answers, speed.
 
-It is set up as llama-bench sets a model up by default (weights mapped, logical batch 2048, physical batch 512, attention and
-key-value cache as the library chooses), so that the figures can be held against that tool's.
+It is set up as llama-bench sets a model up by default (weights mapped, logical batch 2048, physical batch 512,
+attention and key-value cache as the library chooses), so that the figures can be held against that tool's.
 """
 
 import ctypes

@@ -1,8 +1,7 @@
 """Whether the converter will take a checkpoint, from its small files alone: minutes before it would say so itself.
 
-The converter knows a byte-level BPE tokenizer by the hash of the ids it gives for one test text, and refuses every other one,
-because llama.cpp splits text by rules that are written out in its source. A tokenizer with an added token in the wrong place is
-enough to be unknown.
+The converter knows a byte-level BPE tokenizer by the hash of the ids it gives for one test text, and refuses every
+other one, because llama.cpp splits text by rules that are written out in its source.
 """
 
 import hashlib
@@ -43,8 +42,8 @@ def refuse_unsupported(snapshot: Path) -> None:
     if architecture not in known:
         raise UnsupportedError(
             f"llama.cpp's converter does not know the architecture {architecture!r} (model_type "
-            f"{config.get('model_type', 'not given')}){did_you_mean(architecture, known)}. Take another format, or a newer "
-            "llama-cpp-python when it supports this architecture"
+            f"{config.get('model_type', 'not given')}){did_you_mean(architecture, known)}. Take another format, or a "
+            "newer llama-cpp-python when it supports this architecture"
         )
     tokenizer = snapshot / "tokenizer.json"
     if tokenizer.is_file() and _recognized_by_hash(snapshot, _json(tokenizer)):
@@ -81,19 +80,20 @@ def _refuse_unknown_pre_tokenizer(snapshot: Path, config: dict[str, Any]) -> Non
     found = _hash_by_transformers(snapshot, known.text)
     if found not in known.names:
         raise UnsupportedError(
-            f"llama.cpp's converter does not recognize the pre-tokenizer: its test text gives the hash {found} (tokenizer_class "
-            f"{_tokenizer_class(snapshot) or 'not given'}, model_type {config.get('model_type', 'not given')}). If the tokenizer "
-            "was changed in fine-tuning, put the original model's tokenizer files back; otherwise take another format, or a "
-            "newer llama-cpp-python when it knows this one"
+            f"llama.cpp's converter does not recognize the pre-tokenizer: its test text gives the hash {found} "
+            f"(tokenizer_class {_tokenizer_class(snapshot) or 'not given'}, model_type "
+            f"{config.get('model_type', 'not given')}). If the tokenizer was changed in fine-tuning, put the original "
+            "model's tokenizer files back; otherwise take another format, or a newer llama-cpp-python"
         )
 
 
 def _hash_of_file(path: Path, text: str) -> str:
     from tokenizers import Tokenizer
 
+    # The library raises bare Exception for a file that it cannot read.
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # noqa: BLE001 - the library raises bare Exception for a file it cannot read
+    except Exception as error:
         raise SourceError(f"{path.name} is no tokenizer that the tokenizers library can read: {error}") from error
     return _hash(tokenizer.encode(text).ids)
 
