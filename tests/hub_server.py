@@ -10,7 +10,6 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -88,7 +87,10 @@ class HubServer:
         return f"http://localhost:{self._servers[1].server_address[1]}"
 
     def publish(self, repository: str, folder: Path, branch: str = "main") -> str:
-        """Make a folder the head of a branch and return its commit; the folder must stay as it is."""
+        """Make a folder the head of a branch and return its commit; the folder must stay as it is.
+
+        A dataset's name begins with ``datasets/``.
+        """
         commit = hashlib.sha1()
         for path in _files(folder):
             commit.update(f"{path} {_git_sha1(folder / path)}\n".encode())
@@ -153,7 +155,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(status, "", "for a test")
         elif self.name == "cdn":
             self._large(path)
-        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
+        elif match := re.fullmatch(r"/api/(?:models/)?((?:datasets/)?[^/]+/[^/]+)(?:/revision/(.+))?", path):
             self._describe(match[1], match[2] or "main", "blobs" in parse_qs(address.query))
         elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self._resolve(match[1], match[2], match[3])
@@ -196,7 +198,13 @@ class _Handler(BaseHTTPRequestHandler):
                     sibling["lfs"] = {"size": size, "sha256": _sha256(folder / path), "pointerSize": 134}
             siblings.append(sibling)
         siblings += [{"rfilename": extra, "size": 1, "blobId": "0" * 40} for extra in repo.extra_names]
-        body = {"id": name, "modelId": name, "sha": commit, "private": repo.private, "gated": repo.gated, "tags": []}
+        body = {
+            "id": name.removeprefix("datasets/"),
+            "sha": commit,
+            "private": repo.private,
+            "gated": repo.gated,
+            "tags": [],
+        }
         self._send_json({**body, "siblings": siblings})
 
     def _resolve(self, name: str, revision: str, path: str) -> None:
@@ -297,10 +305,3 @@ def _sha256(path: Path) -> str:
 def _git_sha1(path: Path) -> str:
     content = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-@contextmanager
-def retries_without_pause(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    with monkeypatch.context() as patched:
-        patched.setattr("modelmint.sources.hub.RETRY_SECONDS", 0.0)
-        yield

@@ -11,21 +11,13 @@ from modelmint.acquire import acquire, resolve
 from modelmint.errors import ResourceError, SourceError, UnsafeSourceError, UnsupportedError
 from modelmint.isolate import Progress
 from modelmint.recipe import ModelRef
-from modelmint.settings import Settings
 from modelmint.step import Context
-from modelmint.store import Store
 
 pytestmark = pytest.mark.pure
 
 
 def file_ref(folder: Path) -> ModelRef:
     return ModelRef.parse(f"file:{folder}")
-
-
-@pytest.fixture
-def context(tmp_path: Path) -> Context:
-    settings = Settings(home=tmp_path / "home")
-    return Context(Store(settings.store), settings)
 
 
 @pytest.fixture

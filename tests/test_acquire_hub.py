@@ -27,7 +27,7 @@ WEIGHTS = "model.safetensors"
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modelmint.sources.hub.RETRY_SECONDS", 0.0)
+    monkeypatch.setattr("modelmint.sources.resume.RETRY_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def test_a_connection_that_brings_nothing_ends_after_a_few_tries_and_is_continue
     hub.misbehaviour.cuts[WEIGHTS] = (300_000, 1)
     pinned = resolve(REF, context.settings)
     hub.misbehaviour.cuts[WEIGHTS] = (1000, -1)
-    with pytest.raises(NetworkError, match=r"model\.safetensors.*tried 5 times; run again to continue from there"):
+    with pytest.raises(NetworkError, match=r"model\.safetensors.*tried 5 times: run again to continue"):
         acquire(pinned, context)
     assert list(context.store.records()) == []
     hub.misbehaviour.cuts.clear()
@@ -184,7 +184,7 @@ def test_a_killed_download_is_continued_by_the_next_process(
 
 def test_more_bytes_than_declared_are_refused(checkpoint: Path, hub: HubServer, context: Context) -> None:
     hub.misbehaviour.longer[WEIGHTS] = 10
-    with pytest.raises(SourceError, match=r"model\.safetensors is longer than the \d+ bytes"):
+    with pytest.raises(SourceError, match=r"model\.safetensors is longer than the \d+ bytes that were declared"):
         acquire(resolve(REF, context.settings), context)
 
 
@@ -209,7 +209,7 @@ def test_an_unreachable_hub_is_a_network_error(tmp_path: Path) -> None:
     [
         ({"gated": True}, None, r"is gated: accept its conditions on .*/acme/Tiny-1M first; set HF_TOKEN"),
         ({"gated": True}, "hf_other_account", r"is gated: .*; the account of HF_TOKEN has no access"),
-        ({"private": True}, None, r"no such model repository, or it is private; .*: set HF_TOKEN"),
+        ({"private": True}, None, r"no such repository, or it is private; .*: set HF_TOKEN"),
         ({"private": True}, "hf_other_account", r"or it is private; .*: the account of HF_TOKEN has no access"),
         ({"disabled": True}, None, r"the Hub has disabled this repository"),
         ({}, "hf_wrong", r"does not accept HF_TOKEN; make a new token, or unset it"),
@@ -227,7 +227,7 @@ def test_a_refusal_says_what_to_do(
 @pytest.mark.parametrize(
     ("ref", "message"),
     [
-        ("hf:acme/Nothing", r"no such model repository, or it is private; check the spelling"),
+        ("hf:acme/Nothing", r"no such repository, or it is private; check the spelling"),
         (f"hf:{NAME}@v9", r"acme/Tiny-1M has no revision 'v9'; see .*/acme/Tiny-1M/tree/main"),
     ],
 )

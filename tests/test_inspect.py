@@ -19,17 +19,10 @@ from modelmint.inspection import Inspection, size_class
 from modelmint.recipe import ModelRef, Recipe
 from modelmint.settings import Settings
 from modelmint.step import Context
-from modelmint.store import Store
 
 __all__ = ["hub"]
 pytestmark = pytest.mark.pure
 WEIGHTS = "model.safetensors"
-
-
-@pytest.fixture
-def context(tmp_path: Path) -> Context:
-    settings = Settings(home=tmp_path / "home", host_lock=tmp_path / "host")
-    return Context(Store(settings.store), settings)
 
 
 def inspected(folder: Path) -> Inspection:

@@ -6,11 +6,10 @@ Here each file is fetched by ranges into a file that the caller keeps and hashes
 
 import ipaddress
 import re
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 from modelmint import __version__
@@ -18,13 +17,10 @@ from modelmint.errors import ModelMintError, NetworkError, SourceError, UnsafeSo
 from modelmint.recipe import ModelRef
 from modelmint.settings import Settings, silence_telemetry
 from modelmint.sources import PinnedFile, PinnedRef, clean_path
+from modelmint.sources.resume import append, resume
 from modelmint.sources.selection import needed
 
 TIMEOUT_SECONDS = 30.0
-TRIES = 5
-"""How often in a row a connection may bring nothing before the download gives up."""
-RETRY_SECONDS = 1.0
-_WORTHWHILE_BYTES = 1 << 16
 _BUSY = (408, 425, 429, 500, 502, 503, 504)
 
 
@@ -72,46 +68,24 @@ def fetch(
 
     Raises:
         SourceError: if the Hub refuses the file or sends more than it declared.
-        NetworkError: if `TRIES` connections in a row brought nothing worthwhile; what came is kept.
+        NetworkError: if connections kept failing; what came is kept.
     """
     hub = _Hub(settings)
-    tries = 0
-    with target.open("ab") as out:
-        if out.tell() > file.size:
-            on_bytes(-out.tell())
-            out.truncate(0)
-        while out.tell() < file.size:
-            before = out.tell()
-            try:
-                with hub.explained(pinned.ref, file.path):
-                    _stream(hub, pinned, file, out, on_bytes)
-                cut = f"{pinned}: the connection ended after {out.tell()} of {file.size} bytes of {file.path}"
-                failure = NetworkError(cut)
-            except NetworkError as error:
-                failure = error
-            if out.tell() == file.size:
-                break
-            tries = 0 if out.tell() - before >= _WORTHWHILE_BYTES else tries + 1
-            if tries >= TRIES:
-                out.flush()
-                raise NetworkError(f"{failure}; tried {tries} times; run again to continue from there") from failure
-            time.sleep(RETRY_SECONDS * 2 ** max(tries - 1, 0))
 
+    def connect(out: BinaryIO) -> None:
+        start = out.tell()
+        with (
+            hub.explained(pinned.ref, file.path),
+            hub.get(pinned, file, f"bytes={start}-" if start else "") as response,
+        ):
+            if start and response.status_code != 206:
+                # The server does not continue: it sends the file from its beginning.
+                on_bytes(-start)
+                out.truncate(0)
+            # As they come: pieces of a fixed size would lose what came before a cut.
+            append(str(pinned), file, response.iter_bytes(), out, on_bytes)
 
-def _stream(hub: "_Hub", pinned: PinnedRef, file: PinnedFile, out: Any, on_bytes: Callable[[int], None]) -> None:
-    """Append what one connection brings."""
-    start = out.tell()
-    with hub.get(pinned, file, f"bytes={start}-" if start else "") as response:
-        if start and response.status_code != 206:
-            # The server does not continue: it sends the file from its beginning.
-            on_bytes(-start)
-            out.truncate(0)
-        # As they come: pieces of a fixed size would lose what came before a cut.
-        for chunk in response.iter_bytes():
-            if out.tell() + len(chunk) > file.size:
-                raise SourceError(f"{pinned}: {file.path} is longer than the {file.size} bytes that the Hub declares")
-            out.write(chunk)
-            on_bytes(len(chunk))
+    resume(str(pinned), file, target, on_bytes, connect)
 
 
 def read_range(pinned: PinnedRef, file: PinnedFile, start: int, length: int, settings: Settings) -> bytes:
@@ -135,6 +109,26 @@ def read_range(pinned: PinnedRef, file: PinnedFile, start: int, length: int, set
     if len(content) < skip + wanted:
         raise NetworkError(f"{pinned}: the connection ended after {len(content)} bytes of {file.path}; run again")
     return bytes(content[skip : skip + wanted])
+
+
+def dataset_commit(ref: ModelRef, settings: Settings) -> str:
+    """The commit that a dataset's branch, or its default branch, is at.
+
+    Raises:
+        SourceError: if the dataset or revision is missing or gated.
+        NetworkError: if the Hub failed for now.
+    """
+    hub = _Hub(settings)
+    from huggingface_hub import HfApi
+
+    api = HfApi(endpoint=hub.endpoint, token=hub.token, library_name="modelmint", library_version=__version__)
+    with hub.explained(ref):
+        return str(api.dataset_info(ref.location, revision=ref.revision or None, timeout=TIMEOUT_SECONDS).sha)
+
+
+def dataset_options(settings: Settings) -> dict[str, Any]:
+    """What the library for datasets is told besides a dataset's name: the token, or to look for none."""
+    return {"token": _Hub(settings).token}
 
 
 class _Hub:
@@ -161,12 +155,9 @@ class _Hub:
         # False, not None: the client shall not look for a token that somebody left on this machine.
         self.token: str | bool = secret or False
 
-    def get(self, pinned: PinnedRef, file: PinnedFile, byte_range: str) -> Any:
-        """A streamed response to a request for a file, once its status is good; a context manager."""
-        return self._get(pinned, file, byte_range)
-
     @contextmanager
-    def _get(self, pinned: PinnedRef, file: PinnedFile, byte_range: str) -> Iterator[Any]:
+    def get(self, pinned: PinnedRef, file: PinnedFile, byte_range: str) -> Iterator[Any]:
+        """A streamed response to a request for a file, once its status is good."""
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
@@ -228,7 +219,7 @@ class _Hub:
             return SourceError(f"{ref}: the Hub lists {path} but does not have it; run again")
         if isinstance(error, errors.RepositoryNotFoundError) or status == 404:
             return SourceError(
-                f"{ref}: {self.endpoint} has no such model repository, or it is private; check the spelling; "
+                f"{ref}: {self.endpoint} has no such repository, or it is private; check the spelling; "
                 f"if it is private: {access}"
             )
         if status == 401:
