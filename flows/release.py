@@ -90,9 +90,9 @@ def prepare(order: Order) -> Shared:
     recipe, context = order.recipe, order.context
     pinned = resolve(recipe.source, context.settings)
     preview(pinned, recipe, context)
-    snapshot = acquire(pinned, context)
-    inspected = inspect(snapshot, pinned, recipe, context)
-    text = acquire_text(recipe.evaluation.data, context)
+    snapshot = acquire(pinned, context).result()
+    inspected = inspect(snapshot, pinned, recipe, context).result()
+    text = acquire_text(recipe.evaluation.data, context).result()
     return Shared(
         recipe=recipe,
         source=str(pinned),
@@ -150,7 +150,7 @@ def measure_speed(made: list[Made], order: Order) -> list[Made]:
     }
     if not subjects:
         return made
-    ended: dict[str, StepResult | ModelMintError] = benchmark(subjects, wanted, order.context).outcomes
+    ended: dict[str, StepResult | ModelMintError] = benchmark(subjects, wanted, order.context).result().outcomes
 
     def benchmarked(it: Trail) -> Trail:
         found: Outcome = ended.get(it.variant.name)
