@@ -165,7 +165,8 @@ def _client(settings: Settings) -> Any:
     from botocore.config import Config
 
     endpoint = settings.s3_endpoint
-    return boto3.client(
+    # A session of its own: the shared one is not made for threads, and keeps the credentials it saw first.
+    return boto3.session.Session().client(
         "s3",
         endpoint_url=endpoint,
         config=Config(
