@@ -8,8 +8,8 @@ together are one tree::
 
 An experiment's small files, such as a release's report, lie in ``<home>/mlruns/artifacts/<name>/``. A model's large
 files lie in the store only: its ``MLmodel`` file names their digest, and they are listed beside it under the names that
-people know. So one experiment location serves both, and it holds no path of this machine. A tracking server that carries
-the files of its clients does the same with ``--artifacts-destination modelmint:///experiments``.
+people know. So one experiment location serves both, and it holds no path of this machine. A tracking server that
+carries the files of its clients does the same with ``--artifacts-destination modelmint:///experiments``.
 """
 
 import posixpath
@@ -206,6 +206,11 @@ class StoreArtifactRepository(ArtifactRepository):
     def _plain_below(self, where: str) -> list[FileInfo]:
         if where != EXPERIMENTS and not where.startswith(EXPERIMENTS + "/"):
             return []
+        if not Path(self._plain.artifact_dir).is_dir():
+            raise MlflowException(
+                f"no artifacts in {self._plain.artifact_dir}; MODELMINT_HOME is the folder where releases are made",
+                error_code=RESOURCE_DOES_NOT_EXIST,
+            )
         infos = self._plain.list_artifacts(_plain_path(where))
         return [FileInfo(posixpath.join(EXPERIMENTS, i.path), i.is_dir, i.file_size) for i in infos]
 

@@ -74,9 +74,11 @@ def variant_settings(variant: VariantReport) -> dict[str, str]:
     """How a variant was made, as parameters of its run and its model."""
     made = [step for step in variant.steps if step.output == variant.digest]
     parameters = made[-1].parameters if made else variant.options
+    named = {"format": variant.format, "type": variant.type, "label": variant.label}
+    # The page that compares runs draws the parameters that differ: each of them once.
+    options = {key: value for key, value in parameters.items() if key not in named}
     tools = {f"tool.{tool.name}": tool.version for step in made for tool in step.tools}
-    named = {"format": variant.format, "type": variant.type, "label": variant.label, "files": ", ".join(variant.files)}
-    return {**_flat(parameters, "options"), **tools, **named}
+    return {**named, **_flat(options, "option"), **tools}
 
 
 def _flat(value: Mapping[str, object], prefix: str = "") -> dict[str, str]:
@@ -92,18 +94,21 @@ def _flat(value: Mapping[str, object], prefix: str = "") -> dict[str, str]:
 
 
 def _measurements(measurements: Sequence[Measurement]) -> str:
-    cells = [
-        (
-            MEASURES[m.measure].title,
-            f"{m.value:.0f}" if m.value.is_integer() else figure(m.value, None),
-            figure(m.spread, None) if m.spread else "",
-            "" if m.unit == "1" else m.unit,
-            "" if m.statistic == "exact" else f"{m.statistic} of {m.trials}",
-            str(m.hardware or ""),
-        )
-        for m in measurements
-    ]
-    return _table(("measure", "value", "±", "unit", "statistic", "hardware"), cells) if cells else ""
+    """The figures; the hardware beneath them where it is one, beside each where there are several."""
+    classes = sorted({str(m.hardware) for m in measurements if m.hardware})
+    heads, cells = ["measure", "value", "±", "unit", "statistic"], [_measurement(m) for m in measurements]
+    if len(classes) > 1:
+        heads.append("hardware")
+        cells = [[*cell, str(m.hardware or "")] for cell, m in zip(cells, measurements, strict=True)]
+    return _page(_table(heads, cells) if cells else "", f"Measured on {classes[0]}." if len(classes) == 1 else "")
+
+
+def _measurement(m: Measurement) -> list[str]:
+    scale, unit = (1e-6, "MB") if m.unit == "bytes" else (1.0, "" if m.unit == "1" else m.unit)
+    value = f"{m.value:.0f}" if unit != "MB" and m.value.is_integer() else figure(m.value * scale, None)
+    spread = figure(m.spread * scale, None) if m.spread else ""
+    statistic = "" if m.statistic == "exact" else f"{m.statistic} of {m.trials}"
+    return [MEASURES[m.measure].title, value, spread, unit, statistic]
 
 
 def _steps(steps: Sequence[StepReport]) -> str:

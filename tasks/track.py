@@ -12,13 +12,15 @@ because MLflow's own default depends on what lies in the working folder.
 
 import json
 import logging
+import sqlite3
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from modelmint import locks
@@ -52,8 +54,16 @@ from mlflow.entities import (  # noqa: E402
 )
 from mlflow.exceptions import MlflowException  # noqa: E402
 from mlflow.models.utils import get_external_mlflow_model_spec  # noqa: E402
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository  # noqa: E402
+from sqlalchemy.exc import SQLAlchemyError  # noqa: E402
 
-from tasks.artifact_repository import ARTIFACT_KEY, FILES_KEY, artifact_uri, experiment_uri  # noqa: E402
+from tasks.artifact_repository import (  # noqa: E402
+    ARTIFACT_KEY,
+    FILES_KEY,
+    StoreArtifactRepository,
+    artifact_uri,
+    experiment_uri,
+)
 
 TABLE_FILE = "variants.json"
 """The table of variants among a release's artifacts, in the form that MLflow's pages draw."""
@@ -82,6 +92,7 @@ class TrackedRelease:
         settings: where it is recorded.
         experiment_id: of the recipe's experiment.
         run_id: of the release's run.
+        artifact_uri: where the files of that run go.
         release: the release's name.
         flow_run: id of the orchestrator's run; empty for none.
         continues: name of the last release of the recipe if that did not finish; empty otherwise.
@@ -91,6 +102,7 @@ class TrackedRelease:
     settings: Settings
     experiment_id: str
     run_id: str
+    artifact_uri: str
     release: str
     flow_run: str = ""
     continues: str = ""
@@ -164,7 +176,6 @@ def open_release(
     tags = {
         "modelmint.kind": "release",
         "modelmint.release": release,
-        "modelmint.recipe": recipe.name,
         "modelmint.recipe_digest": recipe.digest,
         "modelmint.source": str(recipe.source),
         "modelmint.process": this_process(),
@@ -180,12 +191,13 @@ def open_release(
         if last is not None and last.info.status != "FINISHED":
             tags["modelmint.continues"] = last.data.tags["modelmint.release"]
             tags["modelmint.continues_run"] = last.info.run_id
-        run_id = client.create_run(experiment_id, run_name=release, tags=_filled(tags)).info.run_id
-        client.log_batch(run_id, params=_params(recipe_settings(recipe)))
+        run = client.create_run(experiment_id, run_name=release, tags=_filled(tags))
+        client.log_batch(run.info.run_id, params=_params(recipe_settings(recipe)))
     return TrackedRelease(
         settings=settings,
         experiment_id=experiment_id,
-        run_id=run_id,
+        run_id=run.info.run_id,
+        artifact_uri=run.info.artifact_uri,
         release=release,
         flow_run=flow_run,
         continues=tags.get("modelmint.continues", ""),
@@ -210,14 +222,13 @@ def record(opened: TrackedRelease, report: ReleaseReport, context: Context) -> l
 def track_inputs(opened: TrackedRelease, source: SourceReport, evaluation: EvaluationReport | None) -> None:
     """Name the checkpoint and the evaluation text as inputs of a release's run."""
     facts = {
-        "modelmint.source_reference": source.reference,
+        "modelmint.source": source.reference,
         "modelmint.source_revision": source.revision,
         "modelmint.source_digest": source.digest,
         "modelmint.license": source.license,
         "modelmint.architecture": source.architecture,
         "modelmint.parameters": f"{source.parameters}" if source.parameters else "",
         "modelmint.size_class": source.size_class,
-        "modelmint.notice": source.notice,
     }
     with _mlflow(opened.settings) as client:
         client.log_inputs(opened.run_id, datasets=_datasets(source, evaluation))
@@ -252,7 +263,7 @@ def close_release(
     with tempfile.TemporaryDirectory(prefix="modelmint-") as folder, _mlflow(opened.settings) as client:
         for name, text in {**files, TABLE_FILE: json.dumps(content).encode()}.items():
             (Path(folder) / name).write_bytes(text)
-        client.log_artifacts(opened.run_id, folder)
+        _log_files(opened.settings, opened.artifact_uri, folder)
         client.log_outputs(opened.run_id, outputs)
         client.log_batch(opened.run_id, metrics=_summary(report), tags=_tags(facts))
         client.set_terminated(opened.run_id, "FAILED" if code == 4 else "FINISHED")
@@ -300,26 +311,29 @@ def track_variant(
         base_model_id: model of the unquantized base that it was made from; empty where there is none.
     """
     figures = digest_of_bytes(canonical_json([m.model_dump(mode="json") for m in variant.measurements]))
+    learned = _learned(variant)
     # One at a time, so that two processes with one variant do not both find that it has no model yet.
     with _alone(opened.settings), _mlflow(opened.settings) as client:
         model = _find_model(client, opened.experiment_id, variant.digest)
         known = model.tags.get("modelmint.figures", "").split() if model is not None else []
         whole = model is not None and model.status == LoggedModelStatus.READY
         if model is not None and whole and figures in known:
-            _tag_model(client, model, _judgement(variant))
+            _tag_model(client, model, learned)
             return TrackedVariant(variant.variant, variant.digest, model.model_id)
-        run_id = _open_child(client, opened, variant)
+        run_id = _open_child(client, opened, variant, learned)
         inputs = [model.model_id] if model is not None and whole else [base_model_id]
         _log_inputs(client, run_id, source, evaluation, inputs)
         if variant.digest and not whole:
-            model = model or _create_model(client, opened, variant, source, run_id)
-            _point_to_files(client, opened.settings, model, variant)
+            model = model or _create_model(
+                client, opened, variant, source, run_id, {**learned, "modelmint.figures": figures}
+            )
+            _point_to_files(opened.settings, model, variant)
         model_id = model.model_id if model is not None else ""
         metrics = _metrics(variant, model_id, evaluation)
         client.log_batch(run_id, metrics=metrics, params=_params(variant_settings(variant)))
         if model is not None:
-            learned = {"modelmint.figures": " ".join([figures, *known][:REMEMBERED]), _NOTE: variant_note(variant)}
-            _tag_model(client, model, {**_judgement(variant), **learned})
+            remembered = " ".join(dict.fromkeys([figures, *known][:REMEMBERED]))
+            _tag_model(client, model, {**learned, "modelmint.figures": remembered})
             if not whole:
                 client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
                 client.finalize_logged_model(model_id, LoggedModelStatus.READY)
@@ -339,10 +353,11 @@ def _find_model(client: MlflowClient, experiment_id: str, digest: str) -> Logged
     return found[0] if found else None
 
 
-def _open_child(client: MlflowClient, opened: TrackedRelease, variant: VariantReport) -> str:
+def _open_child(
+    client: MlflowClient, opened: TrackedRelease, variant: VariantReport, learned: Mapping[str, str]
+) -> str:
     tags = {
         _PARENT: opened.run_id,
-        _NOTE: variant_note(variant),
         "modelmint.kind": "variant",
         "modelmint.release": opened.release,
         "modelmint.variant": variant.variant,
@@ -350,14 +365,19 @@ def _open_child(client: MlflowClient, opened: TrackedRelease, variant: VariantRe
         "modelmint.process": this_process(),
         "mlflow.source.name": "modelmint release",
         "mlflow.source.type": "JOB",
-        **_judgement(variant),
+        **learned,
     }
     run = client.create_run(opened.experiment_id, run_name=variant.variant, tags=_filled(tags))
     return str(run.info.run_id)
 
 
 def _create_model(
-    client: MlflowClient, opened: TrackedRelease, variant: VariantReport, source: SourceReport, run_id: str
+    client: MlflowClient,
+    opened: TrackedRelease,
+    variant: VariantReport,
+    source: SourceReport,
+    run_id: str,
+    learned: Mapping[str, str],
 ) -> LoggedModel:
     """What `mlflow.create_external_model` does, without its global state."""
     tags = {
@@ -366,9 +386,11 @@ def _create_model(
         "modelmint.digest": variant.digest,
         "modelmint.artifact": artifact_uri(variant.digest),
         "modelmint.base": variant.base,
+        "modelmint.files": ", ".join(variant.files),
         "modelmint.source": source.reference,
         "modelmint.source_revision": source.revision,
         "modelmint.release": opened.release,
+        **learned,
     }
     return client.create_logged_model(
         opened.experiment_id,
@@ -380,7 +402,7 @@ def _create_model(
     )
 
 
-def _point_to_files(client: MlflowClient, settings: Settings, model: LoggedModel, variant: VariantReport) -> None:
+def _point_to_files(settings: Settings, model: LoggedModel, variant: VariantReport) -> None:
     """Write the ``MLmodel`` file, through which the artifact repository finds the files in the store."""
     paths = [entry.path for entry in Store(settings.store).artifact(variant.digest).files]
     spec = get_external_mlflow_model_spec(model)
@@ -388,11 +410,16 @@ def _point_to_files(client: MlflowClient, settings: Settings, model: LoggedModel
     spec.metadata = {**(spec.metadata or {}), ARTIFACT_KEY: variant.digest, FILES_KEY: files}
     with tempfile.TemporaryDirectory(prefix="modelmint-") as folder:
         spec.save(str(Path(folder) / "MLmodel"))
-        client.log_model_artifacts(model.model_id, folder)
+        _log_files(settings, model.artifact_location, folder)
 
 
-def _judgement(variant: VariantReport) -> dict[str, str]:
-    return {"modelmint.verdict": variant.outcome, "modelmint.reasons": "\n".join(variant.reasons)}
+def _learned(variant: VariantReport) -> dict[str, str]:
+    """What a model and a run say of a variant in words; its figures are metrics."""
+    return {
+        "modelmint.verdict": variant.outcome,
+        "modelmint.reasons": "\n".join(variant.reasons),
+        _NOTE: variant_note(variant),
+    }
 
 
 def _tag_model(client: MlflowClient, model: LoggedModel, tags: Mapping[str, str]) -> None:
@@ -463,19 +490,26 @@ def _page(settings: Settings, path: str) -> str:
 
 @contextmanager
 def _mlflow(settings: Settings) -> Iterator[MlflowClient]:
-    """A client, whose errors are told as ours."""
+    """A client, whose errors are told as ours, and without the password that its address may hold."""
     try:
         yield _client(settings.tracking_uri)
-    except MlflowException as error:
+    except (MlflowException, SQLAlchemyError) as error:
         kind = NetworkError if _is_served(settings) else StageError
-        uri = urlsplit(settings.tracking_uri)
-        shown = uri._replace(netloc=uri.netloc.rpartition("@")[2]).geturl()  # without a password
-        raise kind(f"MLflow at {shown} refused: {error.message}; see MLFLOW_TRACKING_URI") from error
+        secret = urlsplit(settings.tracking_uri).netloc.rpartition("@")[0]
+        message = f"MLflow at {settings.tracking_uri} failed: {error}; MLFLOW_TRACKING_URI says where it is"
+        raise kind(message.replace(f"{secret}@", "***@") if secret else message) from (None if secret else error)
 
 
 @cache
 def _client(tracking_uri: str) -> MlflowClient:
+    # It tells of every table that it makes.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    kind, _, file = tracking_uri.partition(":///")
+    if kind == "sqlite" and not Path(file).exists():
+        # With a write-ahead log a commit waits for the disk once instead of four times, and pages can be read
+        # meanwhile. The file remembers it.
+        with closing(sqlite3.connect(file)) as database:
+            database.execute("PRAGMA journal_mode = WAL")
     return MlflowClient(tracking_uri=tracking_uri)
 
 
@@ -486,6 +520,16 @@ def _alone(settings: Settings) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with locks.held(folder / "lock", "recording a release in MLflow"):
         yield
+
+
+def _log_files(settings: Settings, location: str, folder: str) -> None:
+    """Keep the files of a folder at the artifact location of a run or a model."""
+    if location.startswith("modelmint:"):
+        # MLflow would make it too, but from the environment rather than from these settings.
+        StoreArtifactRepository(location, settings.tracking_uri, settings=settings).log_artifacts(folder)
+        return
+    repository: Any = get_artifact_repository(location, tracking_uri=settings.tracking_uri)
+    repository.log_artifacts(folder)
 
 
 def _is_served(settings: Settings) -> bool:
