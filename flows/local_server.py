@@ -109,7 +109,7 @@ def _start(folder: Path, grace: float) -> str:
 
 def keep(folder: Path, grace: float, port: int = 0) -> None:
     """Start the server, say where it is, and stop it when nobody has used it for `grace` seconds."""
-    port = port or _free_port()
+    port = port or free_port()
     api = f"http://127.0.0.1:{port}/api"
     server = subprocess.Popen(
         [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
@@ -179,7 +179,8 @@ def _write(path: Path, text: str) -> None:
     scratch.replace(path)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of loopback that nobody uses now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

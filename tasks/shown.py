@@ -18,6 +18,7 @@ from prefect.states import Completed
 
 from modelmint.errors import ModelMintError, NetworkError, StageError
 from modelmint.isolate import Progress
+from modelmint.progress import BEGUN, in_words
 from modelmint.step import Context, StepResult
 
 ONCE: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
@@ -48,6 +49,8 @@ def shown(result: StepResult) -> State[StepResult]:
 
 def watched(context: Context, label: str) -> Context:
     """The context with progress shown: in log lines, as a progress artifact in the UI, and to the listeners."""
+    for listener in LISTENERS:
+        listener(label, BEGUN)
     return replace(context, on_progress=_Reporter(label))
 
 
@@ -80,17 +83,6 @@ class _Reporter:
             self.artifact = create_progress_artifact(progress=percent, description=f"{self.label}: {words}")
         else:
             update_progress_artifact(self.artifact, progress=percent, description=f"{self.label}: {words}")
-
-
-def in_words(progress: Progress) -> str:
-    """Percent, rate and what remains, such as ``42 %, 118 MB/s, 3 s left``."""
-    parts = [f"{100 * progress.done / progress.total:.0f} %" if progress.total else f"{progress.done:.0f}"]
-    if progress.rate is not None:
-        size = progress.unit == "bytes"
-        parts.append(f"{progress.rate / 1e6:.0f} MB/s" if size else f"{progress.rate:.3g} {progress.unit}/s")
-    if progress.remaining_seconds is not None:
-        parts.append(f"{progress.remaining_seconds:.0f} s left")
-    return ", ".join(parts)
 
 
 def outcome(future: PrefectFuture[StepResult]) -> StepResult | ModelMintError | None:

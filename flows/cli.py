@@ -1,0 +1,109 @@
+"""The command line: what a person types, what comes back, and with which exit code.
+
+Nothing heavy is imported here or in `flows.commands`: ``modelmint --help`` answers at once, and each command imports
+what it needs when it runs.
+"""
+
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+from flows import console
+from flows.commands import look, measure, plan, release, setup, store
+from modelmint.errors import ModelMintError
+
+EPILOG = """\
+Exit codes: 0 all required variants pass, 1 bad input, 2 usage, 3 a gate failed, 4 a stage failed, 5 a proof failed.
+
+Everything is kept in the working folder (MODELMINT_HOME for another): store/, mlruns/ and .modelmint/. \
+With PREFECT_API_URL and MLFLOW_TRACKING_URI set, the servers named there are used.
+"""
+
+app = typer.Typer(
+    name="modelmint",
+    help="Turn a small language model into edge-ready variants that can be trusted: converted, quantized, measured, "
+    "gated and recorded.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for module in (release, plan, look, measure, store, setup):
+    module.register(app)
+
+
+@app.callback()
+def options(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of errors.", envvar="MODELMINT_DEBUG")
+    ] = False,
+) -> None:
+    """Read what stands before the command."""
+    console.show_tracebacks(debug)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command and leave with its exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if "--json" in arguments:
+        console.reserve_stdout()
+    sys.exit(run(arguments))
+
+
+def run(arguments: list[str]) -> int:
+    """Run a command; every error ends here. Returns the exit code."""
+    from flows.signals import Terminated, raised_by_sigterm
+
+    as_json = "--json" in arguments
+    try:
+        with raised_by_sigterm():
+            return int(app(arguments, standalone_mode=False) or 0)
+    except typer.TyperException as error:
+        return _usage(error, as_json)
+    except ModelMintError as error:
+        return _failed(error, as_json)
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except Terminated:
+        return 143
+    except BrokenPipeError:
+        # Whoever read our output, such as `head`, has had enough.
+        console.forget_stdout()
+        return 0
+    except Exception as error:  # noqa: BLE001
+        return _bug(error, as_json)
+
+
+def _usage(error: "typer.TyperException", as_json: bool) -> int:
+    from typer import rich_utils
+
+    rich_utils.rich_format_error(error)
+    if as_json:
+        console.print_json({"error": {"kind": "UsageError", "message": error.format_message()}})
+    return error.exit_code
+
+
+def _failed(error: ModelMintError, as_json: bool) -> int:
+    if console.tracebacks():
+        traceback.print_exception(error)
+    console.say_error(str(error))
+    if as_json:
+        console.print_json({"error": {"kind": type(error).__name__, "message": str(error)}})
+    return error.exit_code
+
+
+def _bug(error: Exception, as_json: bool) -> int:
+    traceback.print_exception(error)
+    console.say_error(
+        f"this is a bug in modelmint, please report it with the lines above: {type(error).__name__}: {error}"
+    )
+    if as_json:
+        console.print_json({"error": {"kind": type(error).__name__, "message": str(error)}})
+    return ModelMintError.exit_code
+
+
+if __name__ == "__main__":
+    main()
