@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from modelmint.artifact import Step, digest_of_bytes
-from modelmint.errors import NetworkError, SourceError, UnsupportedError
+from modelmint.errors import SourceError, UnsupportedError
 from modelmint.recipe import DatasetRef, ModelRef
 from modelmint.settings import Settings
 from modelmint.sources import PinnedFile
@@ -102,28 +102,24 @@ def _dataset(ref: DatasetRef, source: ModelRef, settings: Settings) -> tuple[dic
             f"{ref} is a dataset of the Hub, and reading one takes a package that is not installed: "
             "pip install 'modelmint[datasets]'; or name a text file with file:path"
         )
-    from modelmint.sources.hub import dataset_commit, dataset_options
+    from modelmint.sources.hub import Hub, dataset_commit
 
     commit = dataset_commit(source, settings)
 
     def read(scratch: Path) -> bytes:
         from datasets import load_dataset
 
+        hub = Hub(settings)
+        options = {"split": ref.split, "revision": commit, "token": hub.token}
         try:
-            rows = load_dataset(
-                source.location,
-                ref.config or None,
-                split=ref.split,
-                revision=commit,
-                streaming=True,
-                **dataset_options(settings),
-            )
-            return _joined(ref, (row.get(ref.column) for row in rows))
+            with hub.explained(source):
+                rows = load_dataset(source.location, ref.config or None, streaming=True, **options)
+                return _joined(ref, (row.get(ref.column) for row in rows))
         except ValueError as error:
             # An unknown configuration or split; the message lists those that there are.
             raise SourceError(f"{ref}: {error}; correct config or split") from error
-        except (ConnectionError, TimeoutError) as error:
-            raise NetworkError(f"{ref}: {error}; check the network and run again") from error
+        except FileNotFoundError as error:
+            raise SourceError(f"{ref}: {error}; use a dataset with files of text, JSON, CSV or Parquet") from error
 
     parameters: dict[str, JsonValue] = {"source": f"hf:{source.location}@{commit}", "bytes": DATASET_BYTES}
     return parameters | {"config": ref.config, "split": ref.split, "column": ref.column}, read

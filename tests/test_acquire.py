@@ -72,6 +72,17 @@ def test_a_single_file_of_weights_is_preferred_to_shards_and_other_layouts(check
     assert [f.path for f in pinned.files if "safetensors" in f.path] == ["model.safetensors"]
 
 
+@pytest.mark.parametrize("shard", ["model-00001-of-00001.safetensors", "model-00001-of-000001.safetensors"])
+def test_shards_come_with_their_index_and_without_the_same_weights_in_another_layout(
+    checkpoint: Path, context: Context, shard: str
+) -> None:
+    (checkpoint / "model.safetensors").rename(checkpoint / shard)
+    for name in ("consolidated.safetensors", "model.fp32.safetensors", "model.safetensors.index.json"):
+        (checkpoint / name).write_bytes(b"{}")
+    pinned = resolve(file_ref(checkpoint), context.settings)
+    assert [f.path for f in pinned.files if "safetensors" in f.path] == [shard, "model.safetensors.index.json"]
+
+
 @pytest.mark.parametrize(
     ("remove", "add", "message"),
     [

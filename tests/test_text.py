@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hub_server import HubServer, hub
 
-from modelmint.errors import SourceError, UnsupportedError
+from modelmint.errors import NetworkError, SourceError, UnsupportedError
 from modelmint.recipe import DatasetRef
 from modelmint.settings import Settings
 from modelmint.step import Context
@@ -83,6 +83,10 @@ def library(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def load_dataset(name: str, config: str | None, **options: Any) -> list[dict[str, Any]]:
         asked.append({"name": name, "config": config, **options})
+        if name == "acme/empty":
+            raise FileNotFoundError("No (supported) data files found in acme/empty")
+        if name == "acme/offline":
+            raise ConnectionError("the line is dead")
         if options["split"] == "nothing":
             raise ValueError("Bad split: nothing. Available splits: ['test']")
         return [
@@ -130,5 +134,11 @@ def test_a_dataset_is_pinned_by_its_commit(
         acquire_text(DatasetRef(source="hf:acme/text", split="nothing"), told)
     with pytest.raises(SourceError, match="there is no text in column 'body'; set column"):
         acquire_text(DatasetRef(source="hf:acme/text", column="body"), told)
+    hub.publish("datasets/acme/empty", tmp_path / "data")
+    with pytest.raises(SourceError, match=r"data files found in acme/empty; use a dataset with files of text"):
+        acquire_text(DatasetRef(source="hf:acme/empty"), told)
+    hub.publish("datasets/acme/offline", tmp_path / "data")
+    with pytest.raises(NetworkError, match=r"no connection to .*the line is dead"):
+        acquire_text(DatasetRef(source="hf:acme/offline"), told)
     with pytest.raises(SourceError, match="no such repository"):
         acquire_text(DatasetRef(source="hf:acme/nothing"), told)

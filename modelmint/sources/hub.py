@@ -32,7 +32,7 @@ def resolve(ref: ModelRef, settings: Settings) -> PinnedRef:
         UnsafeSourceError: if the token would go to a host that is not trusted, or a file's name leaves its folder.
         NetworkError: if the Hub failed for now.
     """
-    hub = _Hub(settings)
+    hub = Hub(settings)
     from huggingface_hub import HfApi
 
     api = HfApi(endpoint=hub.endpoint, token=hub.token, library_name="modelmint", library_version=__version__)
@@ -70,7 +70,7 @@ def fetch(
         SourceError: if the Hub refuses the file or sends more than it declared.
         NetworkError: if connections kept failing; what came is kept.
     """
-    hub = _Hub(settings)
+    hub = Hub(settings)
 
     def connect(out: BinaryIO) -> None:
         start = out.tell()
@@ -98,7 +98,7 @@ def read_range(pinned: PinnedRef, file: PinnedFile, start: int, length: int, set
     wanted = min(length, file.size - start)
     if wanted <= 0:
         return b""
-    hub = _Hub(settings)
+    hub = Hub(settings)
     content = bytearray()
     with hub.explained(pinned.ref, file.path), hub.get(pinned, file, f"bytes={start}-{start + wanted - 1}") as response:
         skip = 0 if response.status_code == 206 else start
@@ -118,7 +118,7 @@ def dataset_commit(ref: ModelRef, settings: Settings) -> str:
         SourceError: if the dataset or revision is missing or gated.
         NetworkError: if the Hub failed for now.
     """
-    hub = _Hub(settings)
+    hub = Hub(settings)
     from huggingface_hub import HfApi
 
     api = HfApi(endpoint=hub.endpoint, token=hub.token, library_name="modelmint", library_version=__version__)
@@ -126,12 +126,7 @@ def dataset_commit(ref: ModelRef, settings: Settings) -> str:
         return str(api.dataset_info(ref.location, revision=ref.revision or None, timeout=TIMEOUT_SECONDS).sha)
 
 
-def dataset_options(settings: Settings) -> dict[str, Any]:
-    """What the library for datasets is told besides a dataset's name: the token, or to look for none."""
-    return {"token": _Hub(settings).token}
-
-
-class _Hub:
+class Hub:
     """The Hub's address and what may be sent there.
 
     Raises:

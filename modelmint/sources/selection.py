@@ -23,7 +23,7 @@ _SMALL = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 _SINGLE = "model.safetensors"
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_SHARD = re.compile(r"model-\d{5}-of-\d{5,6}\.safetensors")
 # Weights of something else than the model, or the same weights once more in the layout of another program.
 _OTHER_WEIGHTS = re.compile(r"(adapter_|consolidated|training|optimizer|rng_)")
 _PICKLES = re.compile(r"\.(bin|pt|pth|ckpt|pkl|pickle|th|mar)$", re.IGNORECASE)
