@@ -201,10 +201,11 @@ def test_a_benchmark_does_not_starve_under_a_stream_of_other_steps(tmp_path: Pat
     """Without the turnstile there is always one of four overlapping holders inside."""
     stop = threading.Event()
     entered = [0] * 4
+    until = time.monotonic() + 10
 
     def stream(number: int) -> None:
         time.sleep(number * 0.02)
-        while not stop.is_set():
+        while not stop.is_set() and time.monotonic() < until:
             with machine(tmp_path, "shared", "convert"):
                 entered[number] += 1
                 time.sleep(0.08)

@@ -306,9 +306,25 @@ def test_records_go_before_manifests_before_blobs(context: Context, monkeypatch:
         order.append(path.relative_to(store.root).parts[0])
         real(path, missing_ok)
 
+    def fsync(descriptor: int) -> None:
+        order.append(
+            "fsync " + Path(f"/proc/self/fd/{descriptor}").resolve().relative_to(store.root.resolve()).parts[0]
+        )
+
     monkeypatch.setattr(Path, "unlink", unlink)
+    monkeypatch.setattr(os, "fsync", fsync)
     collect(store, plan)
-    assert order == ["steps"] * 3 + ["artifacts"] * 3 + ["blobs"] * 4 + ["locks"] * 3
+    blob_folders = len({path.split("/")[2] for path in (item.path for item in plan.items if item.kind == "blob")})
+    assert order == [
+        *["steps"] * 3,
+        "fsync steps",
+        *["artifacts"] * 3,
+        "fsync artifacts",
+        *["blobs"] * 4,
+        *["fsync blobs"] * blob_folders,
+        *["locks"] * 3,
+        "fsync locks",
+    ]
 
 
 def not_whole(store: Store) -> tuple[str, ...]:
