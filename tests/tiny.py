@@ -8,9 +8,13 @@ import functools
 import io
 import json
 import shutil
+import struct
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from modelmint.formats import TensorShape
 
 VOCABULARY = 640
 USER, ASSISTANT = "<|user|>", "<|assistant|>"
@@ -59,6 +63,20 @@ def checkpoint(folder: Path, architecture: str = "llama", seed: int = 0, **confi
     key = json.dumps(config, sort_keys=True)
     shutil.copytree(_made(architecture, seed, key), folder, dirs_exist_ok=True)
     return folder
+
+
+def shapes(folder: Path) -> list["TensorShape"]:
+    """The weights of a checkpoint, from its file's header."""
+    from modelmint.formats import TensorShape
+
+    with (folder / "model.safetensors").open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    return [
+        TensorShape(name, tuple(entry["shape"]), entry["dtype"])
+        for name, entry in header.items()
+        if name != "__metadata__"
+    ]
 
 
 @functools.cache

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 CODE = frozenset((".py", ".pyc", ".so"))
 """Files of a checkpoint that are never shown to the converter."""
 
+UNNAMED = "model"
+
 UNSUPPORTED = ("pre-tokenizer was not recognized", "not supported", "Can not map tensor", "Duplicated key name")
 """What the converter says of a checkpoint that it cannot take, however sound that may be."""
 
@@ -42,7 +44,7 @@ def convert(source: Path, out: Path, type_name: str, name: str, sandbox: "Sandbo
         source: the checkpoint.
         out: an empty folder.
         type_name: f16, bf16 or f32.
-        name: the model's name in the file's metadata; empty for the model type of its configuration.
+        name: the model's name in the file's metadata; empty for ``model``.
         sandbox: limits of the child.
 
     Raises:
@@ -65,7 +67,7 @@ def convert(source: Path, out: Path, type_name: str, name: str, sandbox: "Sandbo
 def run(out: str, type_name: str, name: str) -> dict[str, Any]:
     """In the child: convert the checkpoint in the working folder, then check the file."""
     file = Path(out) / FILE
-    arguments = [".", "--outfile", str(file), "--outtype", type_name, "--model-name", name or _model_type()]
+    arguments = [".", "--outfile", str(file), "--outtype", type_name, "--model-name", name or UNNAMED]
     total = _elements() * TENSOR_TYPES[type_name].size
     with _watched(file, total):
         _run_script(arguments)
@@ -152,8 +154,3 @@ def _elements() -> int:
                     size *= side
                 count += size
     return count
-
-
-def _model_type() -> str:
-    config = json.loads(Path("config.json").read_text(encoding="utf-8"))
-    return str(config.get("model_type") or "model")

@@ -101,7 +101,7 @@ class Log:
         return "".join(self._pieces)
 
     @property
-    def last(self) -> str:
-        """The last line that was kept; empty if there is none."""
+    def reason(self) -> str:
+        """The lines that were kept as one sentence, for the end of an error message."""
         lines = [line.strip() for line in self.text.splitlines() if line.strip()]
-        return lines[-1] if lines else ""
+        return "; ".join(lines[-4:]) if lines else "it does not say why"

@@ -151,7 +151,7 @@ def failure(log: library.Log, target: Path) -> ModelMintError:
             f"{unfit[4]} stores blocks of {unfit[3]}, and the rows of {unfit[1]} have {unfit[2]} numbers; llama.cpp "
             "has no other type for them: take one with blocks of 32, such as Q4_0, or of 256, which fall back"
         )
-    return ToolError(f"llama.cpp's quantizer failed: {log.last or 'it does not say why'}", stderr_tail=log.text[-4096:])
+    return ToolError(f"llama.cpp's quantizer failed: {log.reason}", stderr_tail=log.text[-4096:])
 
 
 def _check_widths(header: Header, options: Mapping[str, Any]) -> None:

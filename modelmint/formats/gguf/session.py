@@ -52,7 +52,7 @@ class GgufSession:
         parameters.n_threads = parameters.n_threads_batch = threads
         self._context = self._llama.llama_init_from_model(self._model, parameters)
         if self._context is None:
-            raise ToolError(f"llama.cpp cannot open a context of {context} tokens: {self._log.last}")
+            raise ToolError(f"llama.cpp cannot open a context of {context} tokens: {self._log.reason}")
         self._load_seconds = time.perf_counter() - started
         self._room = context
         self._text = Vocabulary(self._model)
@@ -181,7 +181,7 @@ class GgufSession:
         if status != 0:
             raise ToolError(
                 f"llama.cpp could not decode {len(tokens)} tokens at position {position} of a context of {self._room} "
-                f"(status {status}): {self._log.last or 'it does not say why'}"
+                f"(status {status}): {self._log.reason}"
             )
 
     def _best(self) -> int:

@@ -18,7 +18,7 @@ def load_model(path: Path, log: library.Log, *, vocabulary_only: bool = False) -
 
     Args:
         path: the file.
-        log: takes what llama.cpp says; its last line explains a refusal.
+        log: takes what llama.cpp says; its errors explain a refusal.
         vocabulary_only: leave the weights alone.
 
     Raises:
@@ -30,7 +30,7 @@ def load_model(path: Path, log: library.Log, *, vocabulary_only: bool = False) -
     parameters.n_gpu_layers = 0
     model = llama.llama_model_load_from_file(str(path).encode(), parameters)
     if model is None:
-        raise ToolError(f"llama.cpp refuses {path.name}: {log.last or 'it does not say why'}")
+        raise ToolError(f"llama.cpp refuses {path.name}: {log.reason}")
     return model
 
 
