@@ -30,7 +30,7 @@ from types import FrameType
 from typing import IO
 
 from modelmint.errors import ResourceError, ToolError
-from modelmint.settings import TELEMETRY_OFF
+from modelmint.settings import server_environment
 
 START_SECONDS = 120.0
 GRACE_SECONDS = 60.0
@@ -135,19 +135,6 @@ def keep(folder: Path, grace: float, port: int = 0) -> None:
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()
-
-
-def server_environment(prefect_home: Path, port: int) -> dict[str, str]:
-    """The environment of a Prefect server on loopback: its own folder, no telemetry, the UI calling the right port."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-    return {
-        **clean,
-        **TELEMETRY_OFF,
-        "PREFECT_HOME": str(prefect_home),
-        "PREFECT_UI_API_URL": f"http://127.0.0.1:{port}/api",
-        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
-        "PREFECT_LOGGING_LEVEL": "WARNING",
-    }
 
 
 def _wait_until_unused(folder: Path, grace: float, server: "subprocess.Popen[bytes]") -> None:

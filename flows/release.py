@@ -62,7 +62,8 @@ def release(recipe: str, variants: list[str] | None = None, name: str = "") -> S
     """
     started = time.monotonic()
     order = open_order(recipe, variants or [], name, str(runtime.flow_run.id or ""))
-    with track.tracked(order.recipe, order.name, order.context) as tracked:
+    context = order.context
+    with context.store.in_use(f"release {order.name}"), track.tracked(order.recipe, order.name, context) as tracked:
         order = order.tracked_as(tracked)
         shared = prepare(order)
         made = [make(format_name, shared, order) for format_name in order.recipe.formats()]

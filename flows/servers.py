@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from flows.local_server import free_port, local_server
 from modelmint.errors import InputError, ToolError
-from modelmint.settings import TELEMETRY_OFF, Settings
+from modelmint.settings import Settings, tracking_server_environment
 
 MLFLOW_PORT = 5000
 START_SECONDS = 120.0
@@ -70,19 +70,10 @@ def pages(settings: Settings, mlflow_port: int = 0) -> Iterator[Pages]:
 @contextmanager
 def _mlflow(settings: Settings, port: int) -> "Iterator[subprocess.Popen[bytes]]":
     (settings.home / "mlruns").mkdir(parents=True, exist_ok=True)
-    environment = {
-        **os.environ,
-        **TELEMETRY_OFF,
-        # In the environment, where a password in it is not shown by the list of processes.
-        "MLFLOW_BACKEND_STORE_URI": settings.tracking_uri,
-        "MODELMINT_HOME": str(settings.home.absolute()),
-        "MODELMINT_STORE": str(settings.store),
-    }
-    environment.pop("MLFLOW_TRACKING_URI", None)
     command = [sys.executable, "-P", "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
     process = subprocess.Popen(
         [*command, "--workers", "1", "--artifacts-destination", "modelmint:///experiments"],
-        env=environment,
+        env=tracking_server_environment(settings),
         stdin=subprocess.DEVNULL,
         stdout=sys.stderr.fileno(),
         start_new_session=True,

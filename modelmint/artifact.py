@@ -57,7 +57,7 @@ def digest_of_file(path: Path) -> str:
 def _inside(path: str) -> str:
     """Refuse a path that could leave the folder it is written into."""
     pure = PurePosixPath(path)
-    if not path or "\0" in path or "\\" in path or pure.is_absolute() or ".." in pure.parts or str(pure) != path:
+    if not pure.parts or "\0" in path or "\\" in path or pure.is_absolute() or ".." in pure.parts or str(pure) != path:
         raise ValueError(f"not a clean relative path: {path!r}")
     return path
 

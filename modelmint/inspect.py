@@ -104,6 +104,13 @@ def refuse_formats(folder: Path, wanted: Sequence[str]) -> None:
         formats.load(name).refuse_unsupported(folder)
 
 
+def refuse_formats_of(snapshot: str, wanted: Sequence[str], context: Context) -> None:
+    """Ask each format whether it takes a checkpoint of the store; see `refuse_formats`."""
+    small = [f.path for f in context.store.artifact(snapshot).files if not f.path.endswith(".safetensors")]
+    with context.store.workspace(snapshot) as folder:
+        refuse_formats(context.store.materialize(snapshot, folder / "small", only=tuple(small)), wanted)
+
+
 class Needs(Value):
     """What a release of a recipe takes at most, estimated.
 
@@ -143,10 +150,11 @@ def refuse(inspection: Inspection, recipe: Recipe, settings: Settings, *, acquir
         SourceError: if it was quantized before, or its licence is not allowed.
         ResourceError: if it would not fit on the disk or into memory.
     """
-    if inspection.repository_code:
+    if inspection.repository_code and recipe.repository_code == "refuse":
         raise UnsafeSourceError(
             f"{inspection.source} wants code of its own to be run on loading (auto_map: {inspection.repository_code}), "
-            "which is never done; use a checkpoint of an architecture that transformers has, without auto_map"
+            "which is never done; if transformers knows the architecture without it, write repository_code: ignore; "
+            "otherwise use another checkpoint"
         )
     if inspection.quantized_source and recipe.quantized_source != "accept":
         raise SourceError(

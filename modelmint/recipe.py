@@ -230,6 +230,8 @@ class Recipe(Value):
         description: one or two sentences for the people who choose it.
         source: where the checkpoint comes from.
         quantized_source: whether a source that was itself quantized is taken.
+        repository_code: whether a source that brings code of its own (``auto_map``) is taken; the code is
+            neither fetched nor run in either case.
         licenses: the licences allowed, as SPDX identifiers in lower case; empty for any.
         base: options of the unquantized base by format.
         variants: what is to be made.
@@ -244,6 +246,7 @@ class Recipe(Value):
     description: str = ""
     source: ModelRef
     quantized_source: Literal["refuse", "accept"] = "refuse"
+    repository_code: Literal["refuse", "ignore"] = "refuse"
     licenses: tuple[str, ...] = ()
     base: dict[str, dict[str, JsonValue]] = Field(default_factory=dict)
     variants: tuple[Variant, ...] = Field(min_length=1)

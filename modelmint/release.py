@@ -17,7 +17,7 @@ from modelmint.artifact import Artifact, Digest, FileEntry, Step, StepRecord, To
 from modelmint.recipe import Recipe
 from modelmint.report import MEASURES, Answer, HardwareClass, Host, Measurement, Value, Verdict
 
-STAGES = ("acquire", "inspect", "convert", "quantize", "reference", "evaluate", "benchmark")
+STAGES = ("acquire", "inspect", "text", "convert", "quantize", "reference", "evaluate", "benchmark")
 """The stages in the order in which a report and a lock list them; a stage unknown here comes last."""
 
 DOCUMENT = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, serialize_by_alias=True)

@@ -74,6 +74,34 @@ def child_environment() -> dict[str, str]:
     return {name: os.environ[name] for name in kept if name in os.environ}
 
 
+def server_environment(prefect_home: Path, port: int) -> dict[str, str]:
+    """The environment of a Prefect server on loopback: its own folder, no telemetry, the UI calling the right port."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    return {
+        **clean,
+        **TELEMETRY_OFF,
+        "PREFECT_HOME": str(prefect_home),
+        "PREFECT_UI_API_URL": f"http://127.0.0.1:{port}/api",
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+        "PREFECT_LOGGING_LEVEL": "WARNING",
+    }
+
+
+def tracking_server_environment(settings: Settings) -> dict[str, str]:
+    """The environment of an MLflow server on loopback over the record of `settings`.
+
+    The database's address goes here and not into arguments: the list of processes would show a password in it.
+    """
+    clean = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    return {
+        **clean,
+        **TELEMETRY_OFF,
+        "MLFLOW_BACKEND_STORE_URI": settings.tracking_uri,
+        "MODELMINT_HOME": str(settings.home.absolute()),
+        "MODELMINT_STORE": str(settings.store),
+    }
+
+
 def silence_telemetry() -> None:
     """Switch off the telemetry of every library in this process and its children."""
     for name, value in TELEMETRY_OFF.items():

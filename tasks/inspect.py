@@ -36,6 +36,7 @@ def inspect(snapshot: StepResult, pinned: PinnedRef, recipe: Recipe, context: Co
     result = stage.inspect(snapshot.record.output, watched(context, "inspect"))
     inspection = stage.read_inspection(result, context.store, pinned)
     stage.refuse(inspection, recipe, context.settings, acquired=True)
+    stage.refuse_formats_of(snapshot.record.output, recipe.formats(), context)
     state = shown(result)
     state.data = Inspected(inspection, result)
     return state

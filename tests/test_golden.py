@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from modelmint.artifact import Artifact, StepRecord
+from modelmint.inspection import Inspection
 from modelmint.recipe import Recipe
 from modelmint.recipe_file import parse_recipe
 from modelmint.release import ReleaseLock, ReleaseReport
@@ -23,6 +24,7 @@ FOLDER = Path(__file__).parent / "golden"
 
 READERS: dict[str, Callable[[str], Any]] = {
     "artifact": Artifact.model_validate_json,
+    "inspection": Inspection.model_validate_json,
     "measurements": Measurements.model_validate_json,
     "recipe": Recipe.model_validate_json,
     "release-lock": ReleaseLock.model_validate_json,

@@ -358,6 +358,7 @@ def test_a_repository_that_brings_code_is_refused_and_nothing_runs(tmp_path: Pat
     found = inspected(folder)
     with pytest.raises(UnsafeSourceError, match=r"wants code of its own .*auto_map: modeling_tiny\.Tiny"):
         refuse(found, recipe(), Settings())
+    refuse(found, recipe(repository_code="ignore"), Settings())
     assert not (tmp_path / "ran").exists()
 
 
