@@ -92,10 +92,3 @@ def decode(folder: str, tokens: list[int]) -> list[int]:
     best = session.logits(tokens).argmax(axis=-1).tolist()
     session.close()
     return best  # type: ignore[no-any-return]
-
-
-def header(path: str) -> int:
-    """In a child: the number of tensors of a file."""
-    from modelmint.formats.gguf.header import read_header
-
-    return len(read_header(Path(path)).tensors)

@@ -54,7 +54,9 @@ class GgufSession:
         if self._context is None:
             raise ToolError(f"llama.cpp cannot open a context of {context} tokens: {self._log.reason}")
         self._load_seconds = time.perf_counter() - started
-        self._room = context
+        # The library may round the context up, and cuts the batch to it.
+        self._room: int = self._llama.llama_n_ctx(self._context)
+        self._step: int = self._llama.llama_n_batch(self._context)
         self._text = Vocabulary(self._model)
         self._batch = self._llama.llama_batch_init(BATCH, 0, 1)
 
@@ -86,8 +88,8 @@ class GgufSession:
         self._clear()
         rows = np.empty((len(tokens) - first, self.vocabulary), dtype=np.float32)
         filled = 0
-        for start in range(0, len(tokens), BATCH):
-            part = tokens[start : start + BATCH]
+        for start in range(0, len(tokens), self._step):
+            part = tokens[start : start + self._step]
             wanted = sum(start + index >= first for index in range(len(part)))
             self._decode(part, start, first=max(first - start, 0))
             if wanted:
@@ -163,12 +165,16 @@ class GgufSession:
 
     def _prefill(self, tokens: Sequence[int]) -> None:
         """Decode a prompt into an empty context; only the logits after its last token are computed."""
-        for start in range(0, len(tokens), BATCH):
-            part = tokens[start : start + BATCH]
+        for start in range(0, len(tokens), self._step):
+            part = tokens[start : start + self._step]
             self._decode(part, start, first=len(part) - 1)
 
     def _decode(self, tokens: Sequence[int], position: int, first: int = 0) -> None:
         """Decode tokens at the positions from `position` on; logits from index `first` on."""
+        if position + len(tokens) > self._room:
+            raise ToolError(
+                f"{position + len(tokens)} tokens do not fit into the context of {self._room} opened for them"
+            )
         batch = self._batch
         batch.n_tokens = len(tokens)
         for index, token in enumerate(tokens):
@@ -180,8 +186,8 @@ class GgufSession:
         status = self._llama.llama_decode(self._context, batch)
         if status != 0:
             raise ToolError(
-                f"llama.cpp could not decode {len(tokens)} tokens at position {position} of a context of {self._room} "
-                f"(status {status}): {self._log.reason}"
+                f"llama.cpp could not decode {len(tokens)} tokens at position {position} (status {status}): "
+                f"{self._log.reason}"
             )
 
     def _best(self) -> int:
