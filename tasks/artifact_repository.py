@@ -43,6 +43,7 @@ FILES_KEY = "modelmint.files"
 """Key in the metadata of an ``MLmodel`` file: the path in the artifact by the name that people know."""
 
 STORED = re.compile(r"sha256-([0-9a-f]{64})(?:/(.+))?")
+DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 MODEL = re.compile(r"(.+/models/m-[0-9a-f]{32}/artifacts)(?:/(.+))?")
 
 
@@ -245,10 +246,14 @@ class StoreArtifactRepository(ArtifactRepository):
         path = Path(self._plain.artifact_dir) / _plain_path(folder) / "MLmodel"
         if not path.is_file():
             return None
-        metadata = yaml.safe_load(path.read_text()).get("metadata") or {}
-        if ARTIFACT_KEY not in metadata:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        metadata = document.get("metadata") if isinstance(document, dict) else None
+        digest = metadata.get(ARTIFACT_KEY) if isinstance(metadata, dict) else None
+        files = metadata.get(FILES_KEY) if isinstance(metadata, dict) else None
+        # Any client of a server can write such a file: what does not look like ours is left alone.
+        if not isinstance(digest, str) or not DIGEST.fullmatch(digest) or not isinstance(files, dict):
             return None
-        return metadata[ARTIFACT_KEY], metadata[FILES_KEY]
+        return digest, {name: path for name, path in files.items() if name == _clean(str(name))}
 
 
 def _path_of(uri: str) -> str:

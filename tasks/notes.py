@@ -1,4 +1,4 @@
-"""What people read on MLflow's pages: descriptions in Markdown, and settings as flat parameters.
+"""What people read on MLflow's pages: descriptions in Markdown, facts for tags, settings as flat parameters.
 
 MLflow keeps a metric as a bare number. Its unit, direction, trials, spread and hardware stand in the descriptions.
 """
@@ -8,8 +8,11 @@ from collections.abc import Mapping, Sequence
 
 from modelmint.columns import figure, rows, summary
 from modelmint.recipe import Recipe
-from modelmint.release import ReleaseReport, StepReport, VariantReport
+from modelmint.release import ReleaseReport, SourceReport, StepReport, VariantReport, exit_code
 from modelmint.report import MEASURES, Measurement
+
+NOTE = "mlflow.note.content"
+"""The tag that MLflow shows as a description."""
 
 ROW_LIMIT = 40
 """Variants shown in a release's description, which is bounded; the whole table lies in an artifact."""
@@ -61,6 +64,63 @@ def variant_note(variant: VariantReport) -> str:
         _steps(variant.steps),
         _list([f"{answer.prompt} → {answer.text}" for answer in variant.answers]),
     )
+
+
+def release_facts(report: ReleaseReport) -> dict[str, str]:
+    """What a release's run says when it ends."""
+    return {
+        NOTE: release_note(report),
+        "modelmint.verdict": {0: "passed", 3: "failed", 4: "incomplete"}[exit_code(report)],
+        "modelmint.failure": report.failure,
+        "modelmint.hardware": str(report.hardware or ""),
+    }
+
+
+def release_figures(report: ReleaseReport) -> dict[str, float]:
+    """The counts of a release."""
+    outcomes = [variant.outcome for variant in report.judged]
+    return {
+        "variants": len(outcomes),
+        "variants_passed": outcomes.count("passed"),
+        "variants_failed": outcomes.count("failed"),
+        "variants_incomplete": outcomes.count("incomplete"),
+        "steps_executed": report.step_count.executed,
+        "steps_reused": report.step_count.reused,
+        "seconds": report.seconds,
+    }
+
+
+def release_table(report: ReleaseReport) -> bytes:
+    """The variants as JSON, in the form that MLflow's pages draw as a table."""
+    table = rows(report)
+    return json.dumps(
+        {"columns": list(table[0]) if table else [], "data": [list(row.values()) for row in table]}
+    ).encode()
+
+
+def source_facts(source: SourceReport) -> dict[str, str]:
+    """The checkpoint that a release is made from."""
+    return {
+        "modelmint.source": source.reference,
+        "modelmint.source_revision": source.revision,
+        "modelmint.source_digest": source.digest,
+        "modelmint.license": source.license,
+        "modelmint.architecture": source.architecture,
+        "modelmint.parameters": f"{source.parameters}" if source.parameters else "",
+        "modelmint.size_class": source.size_class,
+    }
+
+
+def variant_facts(variant: VariantReport) -> dict[str, str]:
+    """What a variant's run and model say of it: what it is, how it was judged and why."""
+    return {
+        NOTE: variant_note(variant),
+        "modelmint.variant": variant.variant,
+        "modelmint.digest": variant.digest,
+        "modelmint.base": variant.base,
+        "modelmint.verdict": variant.outcome,
+        "modelmint.reasons": "\n".join(variant.reasons),
+    }
 
 
 def recipe_settings(recipe: Recipe) -> dict[str, str]:
@@ -115,14 +175,13 @@ def _steps(steps: Sequence[StepReport]) -> str:
     cells = [
         (
             step.stage,
-            "reused" if step.reused else "executed",
             f"{step.seconds:.1f}",
             ", ".join(f"{tool.name} {tool.version}" for tool in step.tools),
             f"`{step.key}`",
         )
         for step in steps
     ]
-    return _table(("step", "", "seconds", "tools", "key"), cells) if cells else ""
+    return _table(("step", "seconds", "tools", "key"), cells) if cells else ""
 
 
 def _page(*parts: str) -> str:

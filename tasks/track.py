@@ -25,14 +25,23 @@ from urllib.parse import urlsplit
 
 from modelmint import locks
 from modelmint.artifact import canonical_json, digest_of_bytes
-from modelmint.columns import rows
 from modelmint.errors import NetworkError, StageError
 from modelmint.recipe import Recipe
 from modelmint.release import EvaluationReport, Links, ReleaseReport, SourceReport, VariantReport, exit_code
 from modelmint.settings import Settings, silence_telemetry
 from modelmint.step import Context
 from modelmint.store import Store
-from tasks.notes import experiment_note, recipe_settings, release_note, variant_note, variant_settings
+from tasks.notes import (
+    NOTE,
+    experiment_note,
+    recipe_settings,
+    release_facts,
+    release_figures,
+    release_table,
+    source_facts,
+    variant_facts,
+    variant_settings,
+)
 from tasks.processes import is_dead, this_process, unwound_by_sigterm
 
 # MLflow decides about its telemetry while it is imported.
@@ -76,8 +85,8 @@ AGAINST_THE_TEXT = frozenset(
 )
 """The measures that belong to the evaluation text; MLflow shows them by dataset."""
 
-_NOTE = "mlflow.note.content"
 _PARENT = "mlflow.parentRunId"
+_BY_US = {"mlflow.source.name": "modelmint release", "mlflow.source.type": "JOB"}
 # MLflow's limits: characters of a tag, parameters of one call, characters of a dataset's digest.
 _CHARACTERS = 8000
 _PARAMETERS = 100
@@ -181,8 +190,7 @@ def open_release(
         "modelmint.process": this_process(),
         "modelmint.flow_run": flow_run,
         "modelmint.triggered_by": triggered_by,
-        "mlflow.source.name": "modelmint release",
-        "mlflow.source.type": "JOB",
+        **_BY_US,
     }
     with _alone(settings), _mlflow(settings) as client:
         experiment_id = _experiment(client, settings, recipe)
@@ -221,18 +229,9 @@ def record(opened: TrackedRelease, report: ReleaseReport, context: Context) -> l
 
 def track_inputs(opened: TrackedRelease, source: SourceReport, evaluation: EvaluationReport | None) -> None:
     """Name the checkpoint and the evaluation text as inputs of a release's run."""
-    facts = {
-        "modelmint.source": source.reference,
-        "modelmint.source_revision": source.revision,
-        "modelmint.source_digest": source.digest,
-        "modelmint.license": source.license,
-        "modelmint.architecture": source.architecture,
-        "modelmint.parameters": f"{source.parameters}" if source.parameters else "",
-        "modelmint.size_class": source.size_class,
-    }
     with _mlflow(opened.settings) as client:
         client.log_inputs(opened.run_id, datasets=_datasets(source, evaluation))
-        client.log_batch(opened.run_id, tags=_tags(facts))
+        client.log_batch(opened.run_id, tags=_tags(source_facts(source)))
 
 
 def close_release(
@@ -248,25 +247,15 @@ def close_release(
         files: contents by file name, such as ``report.html``.
         variants: what `track_variant` returned.
     """
-    table = rows(report)
-    heads = list(table[0]) if table else []
-    content = {"columns": heads, "data": [list(row.values()) for row in table]}
-    code = exit_code(report)
-    facts = {
-        _NOTE: release_note(report),
-        "modelmint.verdict": {0: "passed", 3: "failed", 4: "incomplete"}[code],
-        "modelmint.failure": report.failure,
-        "modelmint.hardware": str(report.hardware or ""),
-        "mlflow.loggedArtifacts": json.dumps([{"path": TABLE_FILE, "type": "table"}]),
-    }
+    drawn = {"mlflow.loggedArtifacts": json.dumps([{"path": TABLE_FILE, "type": "table"}])}
     outputs = [LoggedModelOutput(variant.model_id, step=0) for variant in variants if variant.model_id]
     with tempfile.TemporaryDirectory(prefix="modelmint-") as folder, _mlflow(opened.settings) as client:
-        for name, text in {**files, TABLE_FILE: json.dumps(content).encode()}.items():
+        for name, text in {**files, TABLE_FILE: release_table(report)}.items():
             (Path(folder) / name).write_bytes(text)
         _log_files(opened.settings, opened.artifact_uri, folder)
         client.log_outputs(opened.run_id, outputs)
-        client.log_batch(opened.run_id, metrics=_summary(report), tags=_tags(facts))
-        client.set_terminated(opened.run_id, "FAILED" if code == 4 else "FINISHED")
+        client.log_batch(opened.run_id, metrics=_counts(report), tags=_tags({**release_facts(report), **drawn}))
+        client.set_terminated(opened.run_id, "FAILED" if exit_code(report) == 4 else "FINISHED")
 
 
 def fail_release(opened: TrackedRelease, reason: str, *, killed: bool = False) -> None:
@@ -311,21 +300,22 @@ def track_variant(
         base_model_id: model of the unquantized base that it was made from; empty where there is none.
     """
     figures = digest_of_bytes(canonical_json([m.model_dump(mode="json") for m in variant.measurements]))
-    learned = _learned(variant)
+    facts = variant_facts(variant)
     # One at a time, so that two processes with one variant do not both find that it has no model yet.
     with _alone(opened.settings), _mlflow(opened.settings) as client:
         model = _find_model(client, opened.experiment_id, variant.digest)
         known = model.tags.get("modelmint.figures", "").split() if model is not None else []
         whole = model is not None and model.status == LoggedModelStatus.READY
         if model is not None and whole and figures in known:
-            _tag_model(client, model, learned)
+            _tag_model(client, model, facts)
             return TrackedVariant(variant.variant, variant.digest, model.model_id)
-        run_id = _open_child(client, opened, variant, learned)
-        inputs = [model.model_id] if model is not None and whole else [base_model_id]
-        _log_inputs(client, run_id, source, evaluation, inputs)
+        run_id = _open_child(client, opened, facts)
+        taken = model.model_id if model is not None and whole else base_model_id
+        models = [LoggedModelInput(taken)] if taken else []
+        client.log_inputs(run_id, datasets=_datasets(source, evaluation), models=models)
         if variant.digest and not whole:
             model = model or _create_model(
-                client, opened, variant, source, run_id, {**learned, "modelmint.figures": figures}
+                client, opened, variant, source, run_id, {**facts, "modelmint.figures": figures}
             )
             _point_to_files(opened.settings, model, variant)
         model_id = model.model_id if model is not None else ""
@@ -333,7 +323,7 @@ def track_variant(
         client.log_batch(run_id, metrics=metrics, params=_params(variant_settings(variant)))
         if model is not None:
             remembered = " ".join(dict.fromkeys([figures, *known][:REMEMBERED]))
-            _tag_model(client, model, {**learned, "modelmint.figures": remembered})
+            _tag_model(client, model, {**facts, "modelmint.figures": remembered})
             if not whole:
                 client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
                 client.finalize_logged_model(model_id, LoggedModelStatus.READY)
@@ -353,22 +343,17 @@ def _find_model(client: MlflowClient, experiment_id: str, digest: str) -> Logged
     return found[0] if found else None
 
 
-def _open_child(
-    client: MlflowClient, opened: TrackedRelease, variant: VariantReport, learned: Mapping[str, str]
-) -> str:
+def _open_child(client: MlflowClient, opened: TrackedRelease, facts: Mapping[str, str]) -> str:
     tags = {
+        **facts,
         _PARENT: opened.run_id,
         "modelmint.kind": "variant",
         "modelmint.release": opened.release,
-        "modelmint.variant": variant.variant,
-        "modelmint.digest": variant.digest,
         "modelmint.process": this_process(),
-        "mlflow.source.name": "modelmint release",
-        "mlflow.source.type": "JOB",
-        **learned,
+        **_BY_US,
     }
-    run = client.create_run(opened.experiment_id, run_name=variant.variant, tags=_filled(tags))
-    return str(run.info.run_id)
+    name = facts["modelmint.variant"]
+    return str(client.create_run(opened.experiment_id, run_name=name, tags=_filled(tags)).info.run_id)
 
 
 def _create_model(
@@ -377,20 +362,17 @@ def _create_model(
     variant: VariantReport,
     source: SourceReport,
     run_id: str,
-    learned: Mapping[str, str],
+    facts: Mapping[str, str],
 ) -> LoggedModel:
     """What `mlflow.create_external_model` does, without its global state."""
     tags = {
+        **facts,
         "mlflow.model.isExternal": "true",
-        "modelmint.variant": variant.variant,
-        "modelmint.digest": variant.digest,
         "modelmint.artifact": artifact_uri(variant.digest),
-        "modelmint.base": variant.base,
         "modelmint.files": ", ".join(variant.files),
         "modelmint.source": source.reference,
         "modelmint.source_revision": source.revision,
         "modelmint.release": opened.release,
-        **learned,
     }
     return client.create_logged_model(
         opened.experiment_id,
@@ -413,15 +395,6 @@ def _point_to_files(settings: Settings, model: LoggedModel, variant: VariantRepo
         _log_files(settings, model.artifact_location, folder)
 
 
-def _learned(variant: VariantReport) -> dict[str, str]:
-    """What a model and a run say of a variant in words; its figures are metrics."""
-    return {
-        "modelmint.verdict": variant.outcome,
-        "modelmint.reasons": "\n".join(variant.reasons),
-        _NOTE: variant_note(variant),
-    }
-
-
 def _tag_model(client: MlflowClient, model: LoggedModel, tags: Mapping[str, str]) -> None:
     changed = {key: _bounded(value) for key, value in tags.items() if model.tags.get(key, "") != _bounded(value)}
     if changed:
@@ -432,17 +405,8 @@ def _metrics(variant: VariantReport, model_id: str, evaluation: EvaluationReport
     metrics = []
     for m in variant.measurements:
         text = evaluation if m.measure in AGAINST_THE_TEXT else None
-        metrics.append(
-            Metric(
-                key=m.measure,
-                value=m.value,
-                timestamp=_now(),
-                step=0,
-                model_id=model_id or None,
-                dataset_name=text.data if text else None,
-                dataset_digest=_short(text.text_digest) if text else None,
-            )
-        )
+        name, digest = (text.data, _short(text.text_digest)) if text else (None, None)
+        metrics.append(Metric(m.measure, m.value, _now(), 0, model_id or None, name, digest))
     return metrics
 
 
@@ -462,7 +426,7 @@ def _last_release(client: MlflowClient, experiment_id: str) -> Run | None:
 
 
 def _end(client: MlflowClient, run_id: str, status: str, reason: str) -> None:
-    client.log_batch(run_id, tags=_tags({"modelmint.failure": reason, _NOTE: f"**{status.lower()}**: {reason}"}))
+    client.log_batch(run_id, tags=_tags({"modelmint.failure": reason, NOTE: f"**{status.lower()}**: {reason}"}))
     client.set_terminated(run_id, status)
 
 
@@ -493,7 +457,7 @@ def _mlflow(settings: Settings) -> Iterator[MlflowClient]:
     """A client, whose errors are told as ours, and without the password that its address may hold."""
     try:
         yield _client(settings.tracking_uri)
-    except (MlflowException, SQLAlchemyError) as error:
+    except (MlflowException, SQLAlchemyError, sqlite3.Error) as error:
         kind = NetworkError if _is_served(settings) else StageError
         secret = urlsplit(settings.tracking_uri).netloc.rpartition("@")[0]
         message = f"MLflow at {settings.tracking_uri} failed: {error}; MLFLOW_TRACKING_URI says where it is"
@@ -508,6 +472,7 @@ def _client(tracking_uri: str) -> MlflowClient:
     if kind == "sqlite" and not Path(file).exists():
         # With a write-ahead log a commit waits for the disk once instead of four times, and pages can be read
         # meanwhile. The file remembers it.
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(file)) as database:
             database.execute("PRAGMA journal_mode = WAL")
     return MlflowClient(tracking_uri=tracking_uri)
@@ -537,7 +502,7 @@ def _is_served(settings: Settings) -> bool:
 
 
 def _experiment(client: MlflowClient, settings: Settings, recipe: Recipe) -> str:
-    tags = {_NOTE: experiment_note(recipe), "mlflow.experimentKind": "custom_model_development"}
+    tags = {NOTE: experiment_note(recipe), "mlflow.experimentKind": "custom_model_development"}
     found = client.get_experiment_by_name(recipe.name)
     if found is None:
         # A server decides for itself where the files of its clients go.
@@ -549,17 +514,6 @@ def _experiment(client: MlflowClient, settings: Settings, recipe: Recipe) -> str
         if found.tags.get(key) != value:
             client.set_experiment_tag(found.experiment_id, key, value)
     return str(found.experiment_id)
-
-
-def _log_inputs(
-    client: MlflowClient,
-    run_id: str,
-    source: SourceReport,
-    evaluation: EvaluationReport | None,
-    model_ids: Sequence[str],
-) -> None:
-    models = [LoggedModelInput(model_id) for model_id in model_ids if model_id]
-    client.log_inputs(run_id, datasets=_datasets(source, evaluation), models=models)
 
 
 def _datasets(source: SourceReport, evaluation: EvaluationReport | None) -> list[DatasetInput]:
@@ -584,18 +538,8 @@ def _short(digest: str) -> str:
     return digest.removeprefix("sha256:")[:_DIGEST_CHARACTERS]
 
 
-def _summary(report: ReleaseReport) -> list[Metric]:
-    outcomes = [variant.outcome for variant in report.judged]
-    figures = {
-        "variants": len(outcomes),
-        "variants_passed": outcomes.count("passed"),
-        "variants_failed": outcomes.count("failed"),
-        "variants_incomplete": outcomes.count("incomplete"),
-        "steps_executed": report.step_count.executed,
-        "steps_reused": report.step_count.reused,
-        "seconds": report.seconds,
-    }
-    return [Metric(name, value, _now(), 0) for name, value in figures.items()]
+def _counts(report: ReleaseReport) -> list[Metric]:
+    return [Metric(name, value, _now(), 0) for name, value in release_figures(report).items()]
 
 
 def _params(settings: Mapping[str, str]) -> list[Param]:

@@ -41,7 +41,7 @@ def report(context: Context, request: pytest.FixtureRequest) -> ReleaseReport:
 
 @pytest.fixture(scope="module")
 def client(context: Context) -> MlflowClient:
-    return MlflowClient(tracking_uri=context.settings.tracking_uri)
+    return track._client(context.settings.tracking_uri)
 
 
 def recorded(context: Context, report: ReleaseReport) -> track.TrackedRelease:
@@ -249,7 +249,7 @@ def test_no_run_is_left_running(
 ) -> None:
     def stopped() -> None:
         with track.tracked(report.recipe, report.release, context) as opened:
-            track._open_child(track._client(context.settings.tracking_uri), opened, report.variant("gguf:Q8_0"), {})
+            track._open_child(track._client(context.settings.tracking_uri), opened, {"modelmint.variant": "gguf:Q8_0"})
             raise error
 
     with pytest.raises(type(error), match=str(error)):
