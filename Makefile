@@ -19,7 +19,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .PHONY: help install demo test test-pure test-tools test-flows test-services test-real check fix ui lock clean
-.PHONY: services llama-wheel
+.PHONY: llama-wheel
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,7 +52,7 @@ demo: install  ## Rebuild SmolLM2-135M, release its GGUF variants, print the res
 	@$(BIN)/modelmint release deployments/recipes/smollm2-135m.yaml
 	@echo "Look around: make ui, $(BIN)/modelmint show, $(BIN)/modelmint store ls"
 
-test: install services  ## Run all tests
+test: install  ## Run all tests
 	@$(BIN)/python -m pytest --durations=10
 
 test-pure: install  ## Values, laws and the store: seconds
@@ -64,19 +64,11 @@ test-tools: install  ## Real converters on tiny models
 test-flows: install  ## Whole releases under Prefect and MLflow
 	@$(MARKED) flows
 
-test-services: install services  ## Real PostgreSQL and S3 servers on loopback
+test-services: install  ## A real S3 server on loopback
 	@$(MARKED) services
 
 test-real: install  ## SmolLM2 from end to end
 	@$(MARKED) real
-
-services:
-	@if ! command -v pg_ctl /usr/lib/postgresql/*/bin/pg_ctl >/dev/null; then \
-		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-			echo "installing postgresql for the service tests"; \
-			apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq -y install postgresql >/dev/null; \
-		else echo "note: the service tests need PostgreSQL's pg_ctl: install the package postgresql" >&2; fi; \
-	fi
 
 check: install  ## Format, lint, types, layers: what must hold before a commit
 	@$(BIN)/ruff format --check .
