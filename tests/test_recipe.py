@@ -174,3 +174,8 @@ def test_a_recipe_is_frozen_and_refuses_unknown_keys() -> None:
         recipe.name = "other"  # type: ignore[misc]
     with pytest.raises(ValidationError, match="extra"):
         Recipe.model_validate({"schema": 1, "name": "x", "source": "fake:x", "variants": ["gguf:Q8_0"], "extra": 1})
+
+
+def test_the_schema_beside_the_recipes_is_the_current_one() -> None:
+    path = Path(__file__).parent.parent / "deployments" / "recipe.schema.json"
+    assert json.loads(path.read_text(encoding="utf-8")) == recipe_schema(), "run modelmint schema > " + path.name
