@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import shutil
 import time
@@ -12,8 +13,10 @@ import tiny
 from gguf_calls import SANDBOX, scratch, source
 
 from modelmint.errors import SourceError, UnsupportedError
+from modelmint.formats import Format, Session
 from modelmint.formats.gguf import converter, library
 from modelmint.formats.gguf import format as gguf
+from modelmint.formats.gguf.session import GgufSession
 from modelmint.formats.gguf.types import FILE_TYPES, TENSOR_TYPES
 from modelmint.recipe import Variant
 
@@ -227,3 +230,19 @@ def test_every_type_has_a_line_for_lists():
     assert gguf.base_type({}) == "f16"
     assert gguf.base_type({"type": "bf16"}) == "bf16"
     assert gguf.parameters(Variant.parse("gguf:Q8_0")) == gguf.VariantOptions().model_dump(mode="json")
+
+
+@pytest.mark.parametrize("protocol", [(Format, gguf), (Session, GgufSession)])
+def test_the_protocol_is_met(protocol):
+    wanted, offered = protocol
+    for name, member in vars(wanted).items():
+        if name.startswith("_"):
+            continue
+        found = getattr(offered, name)
+        if inspect.isfunction(member):
+            assert list(inspect.signature(found).parameters) == [
+                parameter
+                for parameter in inspect.signature(member).parameters
+                if offered is not gguf or parameter != "self"
+            ]
+    assert all(hasattr(offered, name) for name in wanted.__annotations__)
