@@ -180,13 +180,11 @@ class CheckpointSession(CheckpointTokenizer):
 
     def generate(self, tokens: Sequence[int], limit: int) -> list[int]:
         """Continue greedily."""
-        new: list[int] = []
         best, past = self._next(tokens, None)
-        while len(new) < limit:
-            new.append(best)
-            if best in self.special_tokens.end:
-                break
+        new = [best]
+        while len(new) < limit and best not in self.special_tokens.end:
             best, past = self._next([best], past)
+            new.append(best)
         return new
 
     def speed(self, prompt: Sequence[int], generate: int) -> Speed:

@@ -67,12 +67,15 @@ class Comparison:
 
     Attributes:
         divergence: KL divergence of the variant from the reference, in nats.
+        error: standard error of each divergence from the draw, a little too large as the draw is stratified; 0 where
+            the divergence is exact.
         agrees: whether both hold the same token for the most probable one.
         surprisal: minus the log-probability that the variant gave the token that came next, in nats.
         reference_surprisal: the same for the reference.
     """
 
     divergence: Doubles
+    error: Doubles
     agrees: NDArray[np.bool_]
     surprisal: Doubles
     reference_surprisal: Doubles
@@ -175,11 +178,15 @@ def compare(reference: Compact, logits: Floats, targets: Integers) -> Comparison
     """
     normalizer, q_rest = log_normalizer(logits, None if reference.exact else reference.top_ids)
     divergence = _terms(reference.top_log_probs, _log_probs(logits, normalizer, reference.top_ids)).sum(axis=1)
+    error = np.zeros(len(logits))
     if not reference.exact:
-        p_rest = reference.rest_mass.astype(np.float64)
-        divergence += _rest(p_rest, q_rest, reference, _log_probs(logits, normalizer, reference.sample_ids))
+        rest = _rest(q_rest, reference, _log_probs(logits, normalizer, reference.sample_ids))
+        divergence += rest.mean(axis=1)
+        count = rest.shape[1]
+        error = rest.std(axis=1, ddof=1) / math.sqrt(count) if count > 1 else np.full(len(logits), np.inf)
     return Comparison(
         divergence=divergence,
+        error=error,
         agrees=logits.argmax(axis=1) == reference.top_ids[:, 0],
         surprisal=-_log_probs(logits, normalizer, targets[:, None])[:, 0],
         reference_surprisal=-reference.target_log_probs.astype(np.float64),
@@ -218,6 +225,26 @@ def quantile_by_window(values: Doubles, quantile: float) -> Estimate:
     return Estimate(value, float(high - low) / 2)
 
 
+def tail_by_window(values: Doubles, errors: Doubles, quantile: float) -> Estimate | None:
+    """A high quantile of values that have sampling errors, or None where these could have made the tail.
+
+    An error widens the distribution, so the quantile of noisy values lies above that of true ones. It can be told apart
+    from the quantile's own uncertainty only where the errors around it are larger than half of that.
+
+    Args:
+        values: shape (windows, positions).
+        errors: standard errors of the values; 0 where they are exact.
+        quantile: above one half.
+    """
+    found = quantile_by_window(values, quantile)
+    # Wide enough to hold some values on either side of the quantile.
+    tail = errors[values >= np.quantile(values, 1 - 3 * (1 - quantile))]
+    error = math.sqrt(float((tail**2).mean()))
+    if error > found.spread / 2:
+        return None
+    return Estimate(found.value, math.hypot(found.spread, error))
+
+
 def _log_probs(logits: Floats, normalizer: Doubles, ids: Integers) -> Doubles:
     """Log-probabilities of chosen tokens, in float64 so that small differences survive."""
     result: Doubles = np.take_along_axis(logits, ids.astype(np.int64), axis=1).astype(np.float64)
@@ -225,15 +252,20 @@ def _log_probs(logits: Floats, normalizer: Doubles, ids: Integers) -> Doubles:
     return result
 
 
-def _rest(p_rest: Doubles, q_rest: Doubles, reference: Compact, log_q: Doubles) -> Doubles:
-    """What the tokens outside the top add: as one token exactly, and inside of it by those drawn."""
+def _rest(q_rest: Doubles, reference: Compact, log_q: Doubles) -> Doubles:
+    """What the tokens outside the top add, as each one drawn says: exactly as one token, inside of it by chance.
+
+    Returns:
+        Shape (n, M); the estimate is the mean of each row.
+    """
+    p_rest = reference.rest_mass.astype(np.float64)
     tiny = np.finfo(np.float64).tiny
     log_p_rest = np.log(np.maximum(p_rest, tiny))
     # Where q's mass underflows its logarithm is unknown, and the drawn tokens have to tell all of it.
     log_q_rest = np.where(q_rest > 0, np.log(np.maximum(q_rest, tiny)), log_p_rest)
     inside = (log_q - log_q_rest[:, None]) - (reference.sample_log_probs - log_p_rest[:, None])
-    drawn = (np.expm1(np.minimum(inside, 700.0)) - inside).mean(axis=1)
-    return _terms(log_p_rest, log_q_rest) + np.where(p_rest > 0, p_rest * drawn, 0.0)
+    drawn = np.expm1(np.minimum(inside, 700.0)) - inside
+    return _terms(log_p_rest, log_q_rest)[:, None] + np.where(p_rest > 0, p_rest, 0.0)[:, None] * drawn
 
 
 def _terms(log_p: Floats | Doubles, log_q: Doubles) -> Doubles:

@@ -217,10 +217,10 @@ def _measure_divergence(found: _Found, reference: Reference, session: Session) -
         comparisons.append(divergence.compare(reference.windows[index], logits, reference.targets(index)))
         progress(index + 1, total, "windows")
     found.add("finite_logits", 1, trials=total)
-    _summarize(found, comparisons, exact=reference.windows[0].exact)
+    _summarize(found, comparisons)
 
 
-def _summarize(found: _Found, comparisons: Sequence[Comparison], *, exact: bool) -> None:
+def _summarize(found: _Found, comparisons: Sequence[Comparison]) -> None:
     divergences = np.stack([comparison.divergence for comparison in comparisons])
     surprisal = np.stack([comparison.surprisal for comparison in comparisons])
     excess = surprisal - np.stack([comparison.reference_surprisal for comparison in comparisons])
@@ -230,9 +230,11 @@ def _summarize(found: _Found, comparisons: Sequence[Comparison], *, exact: bool)
         found.add(measure, estimate.value, divergences.size, estimate.spread, statistic)
 
     add("kl_divergence", divergence.mean_by_window(divergences), "mean")
-    if exact:
-        # Of an estimate, the sampling error widens the tail; only exact divergences have one to report.
-        add("kl_divergence_p99", divergence.quantile_by_window(divergences, 0.99), "p99")
+    tail = divergence.tail_by_window(divergences, np.stack([comparison.error for comparison in comparisons]), 0.99)
+    if tail is None:
+        found.notes.append("the 99th percentile is left out: the draw is too small to tell it; raise evaluation.sample")
+    else:
+        add("kl_divergence_p99", tail, "p99")
     add("top_1_agreement", divergence.mean_by_window(agrees), "mean")
     add("perplexity", _exponential(divergence.mean_by_window(surprisal)), "mean")
     add("perplexity_ratio", _exponential(divergence.mean_by_window(excess)), "ratio")

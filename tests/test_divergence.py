@@ -132,6 +132,30 @@ def test_mass_of_the_variant_that_underflows_is_told_by_the_tokens_drawn() -> No
     np.testing.assert_allclose(found, (1 / 40 * (np.log(1 / 40) - log_q)).sum(), rtol=1e-6)
 
 
+def test_error_of_an_estimate_is_that_of_repeated_draws() -> None:
+    reference, variant, targets = pair(positions=20, vocabulary=1500, noise=0.3)
+    runs = [divergence.compare(compress(reference, targets, 16, 32, seed), variant, targets) for seed in range(200)]
+    claimed = np.sqrt(np.mean([run.error**2 for run in runs], axis=0))
+    seen = np.std([run.divergence for run in runs], axis=0, ddof=1)
+    np.testing.assert_allclose(claimed, seen, rtol=0.35)
+    assert (divergence.compare(compress(reference, targets, 1000, 500), variant, targets).error == 0).all()
+    assert np.isinf(divergence.compare(compress(reference, targets, 16, 1), variant, targets).error).all()
+
+
+def test_tail_is_told_only_where_the_draw_is_large_enough() -> None:
+    generator = np.random.default_rng(4)
+    exact = generator.exponential(size=(12, 255))
+    truth = divergence.quantile_by_window(exact, 0.99)
+    noise = np.full(exact.shape, 0.05)
+    little = divergence.tail_by_window(exact + noise * generator.standard_normal(exact.shape), noise, 0.99)
+    assert little is not None
+    assert abs(little.value - truth.value) < little.spread
+    assert little.spread > truth.spread * 0.8
+    assert divergence.tail_by_window(exact, np.full(exact.shape, 1.0), 0.99) is None
+    # Exact values have a tail whatever its spread, even none.
+    assert divergence.tail_by_window(np.ones((3, 5)), np.zeros((3, 5)), 0.99) == divergence.Estimate(1.0, 0.0)
+
+
 def test_drawn_tokens_come_from_the_rest_in_proportion_to_their_probability() -> None:
     logits = np.log(np.array([[0.5, 0.2, 0.1, 0.15, 0.05]], np.float32))
     counts = np.zeros(5)
