@@ -253,7 +253,7 @@ class StoreArtifactRepository(ArtifactRepository):
         # Any client of a server can write such a file: what does not look like ours is left alone.
         if not isinstance(digest, str) or not DIGEST.fullmatch(digest) or not isinstance(files, dict):
             return None
-        return digest, {name: path for name, path in files.items() if name == _clean(str(name))}
+        return digest, {name: path for name, path in files.items() if isinstance(name, str) and _is_clean(name)}
 
 
 def _path_of(uri: str) -> str:
@@ -268,10 +268,16 @@ def _path_of(uri: str) -> str:
 
 def _clean(path: str) -> str:
     """A path of the tree without slashes around it; refuses one that leaves the tree."""
-    parts = PurePosixPath(path.strip("/")).parts
-    if ".." in parts or "\\" in path or "\0" in path:
+    path = "/".join(PurePosixPath(path.strip("/")).parts)
+    if path and not _is_clean(path):
         raise MlflowException(f"not a path inside the store: {path!r}", error_code=INVALID_PARAMETER_VALUE)
-    return "/".join(parts)
+    return path
+
+
+def _is_clean(path: str) -> bool:
+    """Whether a path names something inside of the folder that it is relative to."""
+    parts = path.split("/")
+    return not {"", ".", ".."} & set(parts) and "\\" not in path and "\0" not in path
 
 
 def _plain_path(where: str) -> str:

@@ -173,6 +173,7 @@ def test_files_of_a_run_are_kept_listed_and_removed(context: Context, tmp_path: 
         "metadata: {modelmint.artifact: 'sha256:../../etc', modelmint.files: {a: b}}",
         "metadata: {modelmint.artifact: 7}",
         "metadata: {modelmint.artifact: 'DIGEST', modelmint.files: [a]}",
+        "metadata: {modelmint.artifact: 'DIGEST', modelmint.files: {../../stolen: model.onnx, 7: model.onnx, a: none}}",
     ],
 )
 def test_an_mlmodel_file_that_is_not_ours_is_a_file_like_others(
