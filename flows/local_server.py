@@ -9,10 +9,11 @@ shared by all commands that run at the same time::
     <home>/.modelmint/server.json  address and process id, written when the server answers
 
 A keeper process starts the server, watches `users`, and stops the server when nobody has used it for a while: long
-enough for the last events to be stored, and for the next command to find it warm.
+enough for the last events to be stored, and for the next command to find it warm. The server ends with its keeper.
 """
 
 import argparse
+import ctypes
 import fcntl
 import json
 import os
@@ -25,6 +26,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -35,6 +37,10 @@ from modelmint.settings import server_environment
 START_SECONDS = 120.0
 GRACE_SECONDS = 60.0
 POLL_SECONDS = 1.0
+_PR_SET_PDEATHSIG = 1
+
+_keepers: "list[subprocess.Popen[bytes]]" = []
+"""Those that this process has started; they outlive it, of which Python would warn if they were forgotten."""
 
 
 @contextmanager
@@ -69,7 +75,8 @@ def _answering(folder: Path) -> str | None:
     try:
         known = json.loads((folder / "server.json").read_text())
         os.kill(int(known["keeper"]), 0)
-    except (FileNotFoundError, ProcessLookupError, ValueError, KeyError):
+    except (FileNotFoundError, ProcessLookupError, PermissionError, ValueError, KeyError, TypeError):
+        # No file, no such process, one of somebody else's under the same id, or a file that is none of ours.
         return None
     address = str(known["api"])
     return address if _healthy(address) else None
@@ -95,6 +102,7 @@ def _start(folder: Path, grace: float) -> str:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+    _keepers.append(keeper)
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if keeper.poll() is not None:
@@ -115,6 +123,7 @@ def keep(folder: Path, grace: float, port: int = 0) -> None:
         [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
         env=server_environment(folder / "prefect", port),
         stdin=subprocess.DEVNULL,
+        preexec_fn=partial(_end_with, os.getpid()),
     )
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -135,6 +144,16 @@ def keep(folder: Path, grace: float, port: int = 0) -> None:
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()
+
+
+def _end_with(keeper: int) -> None:
+    """Have this process told to end when the keeper does, which may be killed without a word.
+
+    Called between fork and exec; the keeper has one thread.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != keeper:
+        os._exit(1)
 
 
 def _wait_until_unused(folder: Path, grace: float, server: "subprocess.Popen[bytes]") -> None:

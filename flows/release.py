@@ -7,7 +7,6 @@ itself is in `tasks`; here is only who waits for whom.
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 
 from prefect import flow, runtime
 from prefect.client.schemas.objects import State
@@ -32,7 +31,7 @@ from tasks.convert import convert
 from tasks.evaluate import evaluate, reference
 from tasks.inspect import inspect, preview
 from tasks.quantize import quantize
-from tasks.shown import outcome
+from tasks.shown import of, outcome
 
 
 @dataclass(frozen=True)
@@ -109,9 +108,9 @@ def make(format_name: str, shared: Shared, order: Order) -> Made:
     snapshot, text = shared.steps[0], shared.steps[-1]
     options = base_options(format_name, recipe.base.get(format_name, {}))
     threads = recipe.benchmark.threads if recipe.benchmark else 0
-    scored = partial(
-        evaluate.submit, format_name=format_name, evaluation=recipe.evaluation, threads=threads, context=context
-    )
+
+    def scored(name: str, made: PrefectFuture[StepResult]) -> PrefectFuture[StepResult]:
+        return of(name, evaluate).submit(name, format_name, made, against, recipe.evaluation, threads, context)
 
     base = convert.submit(snapshot, format_name, options, context)
     if recipe.evaluation.reference == "source":
@@ -119,10 +118,10 @@ def make(format_name: str, shared: Shared, order: Order) -> Made:
     else:
         against = reference.submit(snapshot, text, recipe.evaluation, format_name, context, base=base)
     base_name = Variant(format=format_name, type=formats.load(format_name).base_type(options))
-    base_score = scored(base_name.name, made=base, against=against)
+    base_score = scored(base_name.name, base)
     wanted = [variant for variant in recipe.variants if variant.format == format_name]
-    made = [quantize.submit(base, variant, context) for variant in wanted]
-    scores = [scored(variant.name, made=it, against=against) for variant, it in zip(wanted, made, strict=True)]
+    made = [of(variant.name, quantize).submit(base, variant, context) for variant in wanted]
+    scores = [scored(variant.name, it) for variant, it in zip(wanted, made, strict=True)]
 
     return Made(
         base=trail(base_name, is_base=True, convert=base, reference=against, evaluate=base_score),

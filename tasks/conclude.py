@@ -12,13 +12,12 @@ from modelmint.assemble import Shared, Trail
 from modelmint.host import hardware_class, host
 from modelmint.page import render_page
 from modelmint.release import Links, ReleaseReport, StepCount, StepReport, VariantReport
-from modelmint.reference import reference_facts
 from modelmint.report import MEASURES
 from modelmint.step import Context
 from tasks.shown import ONCE
 
 
-@task(name="judge and report", **ONCE)
+@task(name="judge and report", task_run_name="judge and report", **ONCE)
 def conclude(
     shared: Shared,
     made: Sequence[tuple[Trail, list[Trail]]],
@@ -41,11 +40,7 @@ def conclude(
     every = [*steps, *(step for variant in variants for step in variant.steps)]
     trails = [trail for base, rest in made for trail in (base, *rest)]
     text = shared.steps[-1].record.output
-    ruler = next((t.results["reference"].record.output for t in trails if "reference" in t.results), None)
-    evaluation = None
-    if ruler is not None:
-        facts = reference_facts(store, ruler)
-        evaluation = assemble.evaluation_report(shared, text, facts.positions, facts.exact)
+    measured = any("reference" in trail.results for trail in trails)
     benchmark = shared.recipe.benchmark
     report = ReleaseReport(
         release=release,
@@ -53,7 +48,7 @@ def conclude(
         recipe_digest=shared.recipe.digest,
         source=assemble.source_report(shared),
         variants=tuple(variants),
-        evaluation=evaluation,
+        evaluation=assemble.evaluation_report(shared, text) if measured else None,
         host=host(),
         hardware=hardware_class(context.settings.tool_threads(benchmark.threads if benchmark else 0)),
         steps=steps,

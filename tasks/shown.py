@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 from uuid import UUID
 
 from prefect import Task
@@ -20,6 +20,9 @@ from modelmint.errors import ModelMintError, NetworkError, StageError
 from modelmint.isolate import Progress
 from modelmint.progress import BEGUN, in_words
 from modelmint.step import Context, StepResult
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 ONCE: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
 """The store is the one cache: Prefect's own is off for every stage."""
@@ -37,6 +40,11 @@ LISTENERS: list[Callable[[str, Progress], None]] = []
 def network_failed(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
     """Whether a failed task is worth another try: only where a remote end failed for now."""
     return isinstance(state.result(raise_on_failure=False), NetworkError)
+
+
+def of(variant: str, stage: Task[P, R]) -> Task[P, R]:
+    """The task of a stage for one variant: it bears the variant's name even if it never begins."""
+    return stage.with_options(name=f"{stage.name} {variant}")
 
 
 def shown(result: StepResult) -> State[StepResult]:
