@@ -162,8 +162,9 @@ class CheckpointSession(CheckpointTokenizer):
                 use_safetensors=True,
             ).eval()
         except (ValueError, KeyError, OSError, ImportError, AttributeError) as error:
+            reason, _, _ = str(error).partition("\n")
             raise UnsupportedError(
-                f"transformers {transformers.__version__} cannot open the source checkpoint: {error}; "
+                f"transformers {transformers.__version__} cannot open the source checkpoint: {reason}; "
                 "where a format can, write 'reference: base' under evaluation"
             ) from error
         self._torch = torch
