@@ -21,6 +21,9 @@ Everything is kept in the working folder (MODELMINT_HOME for another): store/, m
 With PREFECT_API_URL and MLFLOW_TRACKING_URI set, the servers named there are used.
 """
 
+INTERRUPTED, TERMINATED = 130, 143
+"""Exit codes after Ctrl-C and SIGTERM, as shells write them."""
+
 app = typer.Typer(
     name="modelmint",
     help="Turn a small language model into edge-ready variants that can be trusted: converted, quantized, measured, "
@@ -66,9 +69,9 @@ def run(arguments: list[str]) -> int:
     except ModelMintError as error:
         return _failed(error, as_json)
     except (KeyboardInterrupt, typer.Abort):
-        return 130
+        return INTERRUPTED
     except Terminated:
-        return 143
+        return TERMINATED
     except BrokenPipeError:
         # Whoever read our output, such as `head`, has had enough.
         console.forget_stdout()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from flows.console import say
 from flows.environment import prepare
 from flows.local_server import local_server
-from flows.signals import stopped_by_signals
+from flows.signals import Terminated, stopped_by_signals
 from flows.stages import Stages
 from modelmint.errors import ModelMintError, StageError
 from modelmint.settings import Settings
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 STORED_SECONDS = 15.0
 """How long the server may take to store what the flow has sent it."""
+
+INTERRUPTED_SECONDS = 3.0
+"""The same, when the command was told to end."""
 
 _ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 _IDS = 200
@@ -53,7 +56,11 @@ def launch(settings: Settings, recipe: str, variants: list[str], name: str, stag
             temporary_settings({PREFECT_API_URL: server.address(), PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}),
             stages.of_tasks(),
         ):
-            state = release(recipe, variants, name, return_state=True)
+            try:
+                state = release(recipe, variants, name, return_state=True)
+            except (KeyboardInterrupt, Terminated):
+                wait_until_stored(stages.ended, INTERRUPTED_SECONDS)
+                raise
             late = wait_until_stored(stages.ended)
     if late:
         say(f"{late} task runs are not in Prefect's database {STORED_SECONDS:.0f} s after the release ended", "yellow")

@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from flows.local_server import free_port, local_server
 from modelmint.errors import InputError, ToolError
@@ -24,11 +25,12 @@ CLASSIC_PAGES = "?workflowType=machine_learning"
 
 @dataclass(frozen=True)
 class Pages:
-    """Where the user interfaces are, and the process that serves MLflow's; None where another server does."""
+    """Where the user interfaces are, the process that serves MLflow's if it is ours, and what that prints."""
 
     prefect: str
     mlflow: str
     process: "subprocess.Popen[bytes] | None"
+    log: Path
 
     def wait(self) -> None:
         """Wait until the server of MLflow's pages ends, or for ever where it is not ours.
@@ -38,7 +40,7 @@ class Pages:
         """
         while self.process is None or self.process.poll() is None:
             time.sleep(0.5)
-        raise ToolError(f"MLflow's server ended with {self.process.returncode}; what it printed is above")
+        raise ToolError(f"MLflow's server ended with {self.process.returncode}; what it printed is in {self.log}")
 
 
 @contextmanager
@@ -63,21 +65,27 @@ def pages(settings: Settings, mlflow_port: int = 0) -> Iterator[Pages]:
         # MLflow starts while Prefect's server is looked for or started.
         prefect = settings.prefect_api_url or stack.enter_context(local_server(settings.home))
         if process is not None:
-            _wait(process, f"{tracking}/health")
-        yield Pages(prefect.removesuffix("/api"), f"{tracking.rstrip('/')}/{CLASSIC_PAGES}", process)
+            _wait(process, f"{tracking}/health", _log(settings))
+        yield Pages(prefect.removesuffix("/api"), f"{tracking.rstrip('/')}/{CLASSIC_PAGES}", process, _log(settings))
 
 
 @contextmanager
 def _mlflow(settings: Settings, port: int) -> "Iterator[subprocess.Popen[bytes]]":
     (settings.home / "mlruns").mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-P", "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
-    process = subprocess.Popen(
-        [*command, "--workers", "1", "--artifacts-destination", "modelmint:///experiments"],
-        env=tracking_server_environment(settings),
-        stdin=subprocess.DEVNULL,
-        stdout=sys.stderr.fileno(),
-        start_new_session=True,
-    )
+    command = [sys.executable, "-P", "-m", "mlflow", "server"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--uvicorn-opts", "--log-level warning"]
+    log = _log(settings)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*command, "--artifacts-destination", "modelmint:///experiments"],
+            # Eight processes for jobs of agents, which there are none of here.
+            env={**tracking_server_environment(settings), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     try:
         yield process
     finally:
@@ -97,7 +105,7 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
     process.wait()
 
 
-def _wait(process: "subprocess.Popen[bytes]", address: str) -> None:
+def _wait(process: "subprocess.Popen[bytes]", address: str, log: Path) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         try:
@@ -105,7 +113,12 @@ def _wait(process: "subprocess.Popen[bytes]", address: str) -> None:
                 return
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             time.sleep(0.1)
-    raise ToolError(f"MLflow's server did not come up at {address}; what it printed is above")
+    tail = log.read_text(errors="replace")[-2000:]
+    raise ToolError(f"MLflow's server did not come up at {address}; {log} ends with:\n{tail}", stderr_tail=tail)
+
+
+def _log(settings: Settings) -> Path:
+    return settings.home / ".modelmint" / "mlflow.log"
 
 
 def _port(wanted: int) -> int:

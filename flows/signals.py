@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
+from flows.console import say
+
 GRACE_SECONDS = 8.0
 """How long stages may take to end in order; then the process ends, and with it every child."""
 
@@ -35,6 +37,9 @@ def stopped_by_signals(stop: Callable[[], None], grace: float = GRACE_SECONDS) -
     try:
         with raised_by_sigterm():
             yield
+    except (KeyboardInterrupt, Terminated):
+        say("stopped; steps that are done are kept, and the same command goes on from there", "yellow")
+        raise
     finally:
         signal.set_wakeup_fd(before)
         tells.close()

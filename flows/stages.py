@@ -149,7 +149,9 @@ class Stages(logging.Handler):
         if record.name == TASK_RUNS and (found := _FINISHED.match(message)):
             if found["state"] != "NotReady":
                 self.ended.add(str(getattr(record, "task_run_id", "")))
-            self.finished(name, found["state"], found["message"] or "")
+            # What we stop ourselves has not failed.
+            if not (self._stopping and found["state"] == "Crashed"):
+                self.finished(name, found["state"], found["message"] or "")
         elif record.name == TASK_RUNS and "Retry" in message:
             self._print(Text(plain(f"  {name}: {_one_line(message)}"), style="yellow"))
         elif record.name.startswith(OWN):

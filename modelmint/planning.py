@@ -1,14 +1,15 @@
 """Looks ahead: what a release of a recipe would do, what it finds done, and what it would take. Nothing is made.
 
-The stages themselves are asked, with a store in which nothing begins: a stage whose result is there gives it, any other one
-stops where its work would begin. So the keys are those of the release, and cannot drift from it.
+The stages themselves are asked, with a store in which nothing begins: a stage whose result is there gives it, any other
+one stops where its work would begin. So the keys are those of the release, and cannot drift from it.
 """
 
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import NoReturn
+from functools import partial
+from typing import Literal, NoReturn
 
 from modelmint import acquire, benchmark, convert, evaluate, formats, inspect, quantize, reference, text
 from modelmint.artifact import StepRecord
@@ -23,7 +24,7 @@ from modelmint.step import Context, StepResult
 from modelmint.store import Store
 
 
-class _WouldRun(Exception):
+class _WouldRun(Exception):  # noqa: N818 - not an error, an answer
     """Raised where a step's work would begin."""
 
 
@@ -140,15 +141,13 @@ class _Look:
             except RecipeError as error:
                 rows.append(PlannedVariant(variant=variant.name, required=variant.required, refusal=str(error)))
                 continue
-            made = self.chain(
-                "quantize",
-                lambda digest, v=variant: quantize.quantize(digest, v, self.context),
-                base,
-                name,
-                variant.name,
-            )
+            made = self.chain("quantize", partial(self.quantize, variant), base, name, variant.name)
             rows.append(self.variant(variant, inspection, base, made, against))
         return rows
+
+    def quantize(self, variant: Variant, base: str) -> StepResult:
+        """Ask the quantize stage."""
+        return quantize.quantize(base, variant, self.context)
 
     def reference(
         self, name: str, snapshot: StepResult | None, words: StepResult | None, base: StepResult | None
@@ -222,7 +221,12 @@ class _Look:
         """Bytes of a variant: known, or predicted from the checkpoint's tensors."""
         if made is not None:
             return self.context.store.artifact(made.record.output).size
-        return formats.load(variant.format).predict_size(inspection.tensors, variant)
+        module = formats.load(variant.format)
+        # A base is named as its converter names it; the same type among the quantization types has the same size.
+        kind = next((name for name in module.types() if name.casefold() == variant.type.casefold()), None)
+        if kind is None:
+            return None
+        return module.predict_size(inspection.tensors, variant.model_copy(update={"type": kind}))
 
     def disk(self, rows: list[PlannedVariant], inspection: Inspection, *, acquired: bool) -> int:
         """Bytes of what would be made, and of the largest copy that a tool works on meanwhile."""
@@ -297,5 +301,5 @@ def _possible(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"variants": tuple(kept)})
 
 
-def _state(found: StepResult | None) -> str:
+def _state(found: StepResult | None) -> Literal["runs", "reused"]:
     return "reused" if found is not None else "runs"

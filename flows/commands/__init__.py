@@ -28,8 +28,10 @@ def complete_variant(context: typer.Context, incomplete: str) -> list[str]:
     from modelmint.errors import RecipeError
     from modelmint.recipe_file import find_recipe
 
+    # Behind an option whose value is still missing, the parser leaves the arguments as they came.
+    name = context.params.get("recipe") or next(iter(context.args), "")
     try:
-        recipe = find_recipe(str(context.params.get("recipe") or ""), RECIPES)
+        recipe = find_recipe(name, RECIPES)
     except RecipeError:
         return []
     return [variant.name for variant in recipe.variants if variant.name.startswith(incomplete)]

@@ -85,9 +85,12 @@ def evaluate(
     def measure(work: "Work") -> dict[str, "StepResult | ModelMintError"]:
         words = work.do("acquire text", partial(text.acquire_text, wanted.data))
 
+        references: dict[tuple[str, str], StepResult] = {}
+
         def one(subject: "Lineage") -> "StepResult":
             base = (subject.format, subject.base) if wanted.reference == "base" else None
-            held = work.do(
+            of = (subject.source, subject.base if base else "")
+            held = references[of] = references.get(of) or work.do(
                 f"reference {base[0] if base else 'source'}",
                 partial(ruler.reference, subject.source, words.record.output, wanted, base=base),
             )
@@ -187,7 +190,7 @@ def _changed(model: "ModelT", changes: dict[str, Any]) -> "ModelT":
     except ValidationError as error:
         mistake = error.errors()[0]
         reason = str(mistake["msg"]).removeprefix("Value error, ")
-        raise InputError(f"--{'.'.join(map(str, mistake['loc']))}: {reason}") from None
+        raise InputError(f"--{'.'.join(map(str, mistake['loc'][:1]))}: {reason}") from None
 
 
 def _measure(
@@ -195,14 +198,14 @@ def _measure(
 ) -> None:
     """Do the measuring, print what came of it, and leave with 4 where something could not be measured."""
     from flows.work import working
-    from modelmint.assemble import read_measurements
+    from modelmint import evaluate as documents
     from modelmint.errors import ModelMintError
 
     settings = open_settings()
     with working(settings, anew=stage if anew else "") as work:
         outcomes = measure(work)
         found = {
-            name: read_measurements(work.store, outcome.record)
+            name: documents.read(work.store, outcome.record.output)
             for name, outcome in outcomes.items()
             if not isinstance(outcome, ModelMintError)
         }

@@ -1,6 +1,7 @@
 """``doctor``, ``version``, ``schema`` and ``ui``: the set-up, and what is around the work."""
 
 import json
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -105,4 +106,6 @@ def ui(
             console.say_result(f"Prefect  {found.prefect}")
             console.say_result(f"MLflow   {found.mlflow}")
             console.say("Ctrl-C ends them", "dim")
-        found.wait()
+        # The way to end it is no error.
+        with suppress(KeyboardInterrupt):
+            found.wait()
