@@ -123,10 +123,10 @@ def in_child(
     held_against = reference_stage.read(Path(reference))
     expected = reference_stage.read_expectations(Path(reference))
     found = _Found(HardwareClass.model_validate(hardware), Path(phase))
-    # A token has at least one byte, so the longest prompt has at most so many tokens.
-    texts = [item.rendered.text for item in expected.prompts] or list(prompts)
-    longest = max((len(text.encode()) for text in texts), default=PROMPT_TOKENS)
-    room = max(held_against.tokens.shape[1], longest + 1 + answer_tokens)
+    # A token has at least one byte, so no prompt has more tokens than it and what a template adds have bytes.
+    around = max((len(item.rendered.text.encode()) for item in (*expected.chats, *expected.prompts)), default=0)
+    longest = max((len(prompt.encode()) for prompt in prompts), default=PROMPT_TOKENS)
+    room = max(held_against.tokens.shape[1], around + longest + 1 + answer_tokens)
     found.begin("loading the model")
     session = formats.load(format_name).open_session(Path(variant), found.hardware.threads, room)
     try:

@@ -243,15 +243,19 @@ def special_tokens_parity(expected: SpecialTokens, found: SpecialTokens) -> Pari
 
 
 def rendered_prompts(expected: Expectations, tokenizer: Tokenizer, prompts: Sequence[str]) -> tuple[Rendered, ...]:
-    """The recipe's prompts as the variant's own chat template renders them.
+    """The prompts as the variant's own chat template renders them; none of the source's own is rendered again.
 
     Raises:
         StageError: if the template takes more time or memory than any sound one.
     """
-    if tokenizer.chat_template == expected.chat_template:
-        return tuple(item.rendered for item in expected.prompts)
+    same = tokenizer.chat_template == expected.chat_template
+    known = {item.chat: item.rendered for item in expected.prompts} if same else {}
     chats = [Chat.of_prompt(prompt) for prompt in prompts]
-    return render(tokenizer.chat_template, chats, expected.template_variables) if chats else ()
+    new = [chat for chat in chats if chat not in known]
+    if new:
+        rendered = render(tokenizer.chat_template, new, expected.template_variables)
+        known |= dict(zip(new, rendered, strict=True))
+    return tuple(known[chat] for chat in chats)
 
 
 def _shown(text: str) -> str:

@@ -312,6 +312,16 @@ def test_without_prompts_the_text_itself_is_continued(source: str, text: str, ba
     assert found.answers[0].prompt == TEXT[:31]
 
 
+def test_other_prompts_than_the_reference_knows_can_be_asked(
+    source: str, text: str, base: str, context: Context
+) -> None:
+    held_against = reference.reference(source, text, SMALL, context).record.output
+    other = SMALL.model_copy(update={"prompts": (SMALL.prompts[1], "Who are you? " * 50)})
+    found = read(context.store, evaluate("fake", base, held_against, other, 1, context).record.output)
+    assert [answer.prompt for answer in found.answers] == list(other.prompts)
+    assert [answer.text for answer in found.answers] == ["Minted."] * 2
+
+
 def test_answer_that_does_not_end_names_the_limit(source: str, text: str, base: str, context: Context) -> None:
     hasty = SMALL.model_copy(update={"answer_tokens": 3})
     held_against = reference.reference(source, text, hasty, context).record.output
