@@ -106,7 +106,7 @@ def make(format_name: str, shared: Shared, order: Order) -> Made:
     """Convert one format's base, quantize and evaluate its variants; one that fails leaves the others alone."""
     recipe, context = order.recipe, order.context
     snapshot, text = shared.steps[0], shared.steps[-1]
-    options = base_options(format_name, recipe.base.get(format_name, {}))
+    options = base_options(format_name, recipe.base.get(format_name, {}), recipe.source.model_name)
     threads = recipe.benchmark.threads if recipe.benchmark else 0
 
     def scored(name: str, made: PrefectFuture[StepResult]) -> PrefectFuture[StepResult]:

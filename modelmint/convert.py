@@ -12,19 +12,25 @@ from modelmint.spelling import did_you_mean
 from modelmint.step import Context, StepResult, Work, Workspace, run_step
 
 
-def base_options(format_name: str, options: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+def base_options(format_name: str, options: Mapping[str, JsonValue], model: str = "") -> dict[str, JsonValue]:
     """The options of a format's base in full, defaults filled in.
+
+    Args:
+        format_name: a name in the table of formats.
+        options: as a recipe gives them.
+        model: what the model is called inside the file, where the format has a name there and the recipe gives none.
 
     Raises:
         RecipeError: names the option that the format does not have, or whose value it cannot take.
     """
-    model = formats.load(format_name).BaseOptions
+    known = formats.load(format_name).BaseOptions
+    named = {"name": model} if model and "name" in known.model_fields else {}
     try:
-        return model.model_validate(dict(options)).model_dump(mode="json")
+        return known.model_validate({**named, **options}).model_dump(mode="json")
     except ValidationError as error:
         mistake = error.errors()[0]
         option = ".".join(str(part) for part in mistake["loc"])
-        meant = did_you_mean(option, model.model_fields) if mistake["type"] == "extra_forbidden" else ""
+        meant = did_you_mean(option, known.model_fields) if mistake["type"] == "extra_forbidden" else ""
         raise RecipeError(f"base.{format_name}.{option}: {mistake['msg']}{meant}") from None
 
 

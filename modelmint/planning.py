@@ -127,7 +127,7 @@ class _Look:
     ) -> list[PlannedVariant]:
         """The base of a format and its variants."""
         recipe = self.recipe
-        options = convert.base_options(name, recipe.base.get(name, {}))
+        options = convert.base_options(name, recipe.base.get(name, {}), recipe.source.model_name)
         base = self.chain(
             "convert", lambda source: convert.convert(source, name, options, self.context), snapshot, name
         )

@@ -34,7 +34,7 @@ class BaseOptions(Value):
 
     Attributes:
         type: how its weights are stored.
-        name: the model's name in the file's metadata (``general.name``); empty for ``model``. It is more than a label:
+        name: the model's name in the file's metadata (``general.name``); empty for the source's. It is more than a label:
             by a name with ``phi-3`` or ``phi3`` in it llama.cpp knows that spaces after special tokens are dropped.
     """
 
