@@ -4,15 +4,17 @@ Nothing heavy is imported here or in `flows.commands`: ``modelmint --help`` answ
 what it needs when it runs.
 """
 
+import errno
 import sys
 import traceback
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from flows import console
 from flows.commands import look, measure, plan, release, setup, store
-from modelmint.errors import ModelMintError
+from modelmint.errors import ModelMintError, ResourceError, StageError
 
 EPILOG = """\
 Exit codes: 0 all required variants pass, 1 bad input, 2 usage, 3 a gate failed, 4 a stage failed, 5 a proof failed.
@@ -21,11 +23,25 @@ Everything is kept in the working folder (MODELMINT_HOME for another): store/, m
 With PREFECT_API_URL and MLFLOW_TRACKING_URI set, the servers named there are used.
 """
 
-INTERRUPTED, TERMINATED = 130, 143
-"""Exit codes after Ctrl-C and SIGTERM, as shells write them."""
+INTERRUPTED, READER_GONE, TERMINATED = 130, 141, 143
+"""Exit codes after Ctrl-C, where whoever read our output, such as `head`, has had enough, and after SIGTERM."""
+
+
+class Commands(TyperGroup):
+    """The commands; what typer would answer with an exit code of its own is taken before it sees it."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        """Run a command."""
+        try:
+            with console.written():
+                return super().invoke(ctx)
+        except BrokenPipeError as error:
+            raise StageError(f"a connection was closed by its other end: {error}") from error
+
 
 app = typer.Typer(
     name="modelmint",
+    cls=Commands,
     help="Turn a small language model into edge-ready variants that can be trusted: converted, quantized, measured, "
     "gated and recorded.",
     epilog=EPILOG,
@@ -72,10 +88,12 @@ def run(arguments: list[str]) -> int:
         return INTERRUPTED
     except Terminated:
         return TERMINATED
-    except BrokenPipeError:
-        # Whoever read our output, such as `head`, has had enough.
-        console.forget_stdout()
-        return 0
+    except console.ReaderGone:
+        return READER_GONE
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _failed(ResourceError(f"a disk is full: {error}; free some space and run again"), as_json)
+        return _bug(error, as_json)
     except Exception as error:  # noqa: BLE001
         return _bug(error, as_json)
 

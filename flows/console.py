@@ -5,7 +5,10 @@ With ``--json`` standard output belongs to one object alone, so whatever a libra
 
 import json
 import os
+import select
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -35,9 +38,38 @@ def reserve_stdout() -> None:
         os.dup2(2, 1)
 
 
-def forget_stdout() -> None:
-    """Let nothing more be written to standard output, whose reader is gone: not even what is flushed at the end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+class ReaderGone(Exception):  # noqa: N818 - nothing went wrong
+    """Nobody reads standard output any more."""
+
+
+@contextmanager
+def written() -> Iterator[None]:
+    """Have everything that a block prints written at its end.
+
+    Raises:
+        ReaderGone: if nobody reads it; nothing more is written then, not even by the interpreter as it ends.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        stream = _reserved or sys.stdout
+        if not _is_unread(stream.fileno()):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        raise ReaderGone from None
+    except SystemExit as error:
+        # How rich ends a program whose output nobody reads; no command of ours ends so.
+        if error.code == 1:
+            raise ReaderGone from None
+        raise
+
+
+def _is_unread(descriptor: int) -> bool:
+    """Whether a descriptor is a pipe without a reader."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def print_json(value: Any) -> None:
