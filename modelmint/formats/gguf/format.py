@@ -34,8 +34,8 @@ class BaseOptions(Value):
 
     Attributes:
         type: how its weights are stored.
-        name: the model's name in the file's metadata (``general.name``); empty for the source's. It is more than a label:
-            by a name with ``phi-3`` or ``phi3`` in it llama.cpp knows that spaces after special tokens are dropped.
+        name: the model's name in the file's metadata (``general.name``); empty for the source's. It is more than a
+            label: by ``phi-3`` or ``phi3`` in it llama.cpp knows that spaces after special tokens are dropped.
     """
 
     type: Literal["f16", "bf16", "f32"] = "f16"
