@@ -46,8 +46,8 @@ _WIDEST = 160
 class _Stage:
     """One stage that runs."""
 
-    started: float = field(default_factory=time.monotonic)
-    told: float = field(default_factory=time.monotonic)
+    started: float
+    told: float
     bar: TaskID | None = None
     thread: int = field(default_factory=threading.get_ident)
 
@@ -117,7 +117,7 @@ class Stages(logging.Handler):
             raise Interrupted
         stage = self._running.get(label)
         if stage is None:
-            stage = self._running[label] = _Stage()
+            stage = self._running[label] = _Stage(started=time.monotonic(), told=time.monotonic())
             stage.bar = self._bars.add_task(plain(label), total=None, words="")
         if not (progress.total or progress.done):
             return

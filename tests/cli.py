@@ -55,3 +55,16 @@ def program(
     return subprocess.run(
         [COMMAND, *arguments], env=clean | own, cwd=home, capture_output=True, text=True, timeout=120, **options
     )
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> CommandLine:
+    """A command line in an empty home."""
+    for name in list(os.environ):
+        if name.startswith(OWN_SETTINGS):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("MODELMINT_HOME", str(tmp_path))
+    monkeypatch.setenv("MODELMINT_HOST_LOCK", str(tmp_path / "host"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    return CommandLine(tmp_path, capfd)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from cli import COMMAND, OWN_SETTINGS, CommandLine, program
+from cli import COMMAND, OWN_SETTINGS, CommandLine, command, program
 
 from flows import console
 from flows.commands import complete_recipe, complete_release, complete_variant
@@ -18,6 +18,7 @@ from modelmint import __version__
 from modelmint.errors import CorruptError, InputError, RecipeError, ToolError
 from modelmint.recipe_file import recipe_schema
 
+__all__ = ["command"]
 pytestmark = pytest.mark.pure
 
 COMMANDS = (
@@ -47,19 +48,6 @@ variants:
   - {variant: fake:Q2, required: false}
 evaluation: {window: 64, windows: 2}
 """
-
-
-@pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> CommandLine:
-    """A command line in an empty home."""
-    for name in list(os.environ):
-        if name.startswith(OWN_SETTINGS):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("MODELMINT_HOME", str(tmp_path))
-    monkeypatch.setenv("MODELMINT_HOST_LOCK", str(tmp_path / "host"))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-    return CommandLine(tmp_path, capfd)
 
 
 @pytest.fixture
