@@ -18,7 +18,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help install demo test test-pure test-tools test-flows test-services test-real check fix ui lock clean
+.PHONY: help install demo test test-pure test-tools test-flows test-services test-real check fix docs ui lock clean
 .PHONY: llama-wheel
 
 help:  ## Show this list
@@ -79,6 +79,9 @@ check: install  ## Format, lint, types, layers: what must hold before a commit
 fix: install  ## Format and repair what ruff can
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
+
+docs: install  ## Write docs/commands.md anew from the help of every command
+	@$(BIN)/python infra/command_docs.py
 
 ui: install  ## Start Prefect's and MLflow's servers on loopback, print their addresses
 	@$(BIN)/modelmint ui
