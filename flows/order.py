@@ -1,5 +1,6 @@
 """What was ordered: the recipe, the name of the release, and the context that its stages share."""
 
+import re
 import secrets
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -9,19 +10,23 @@ from typing import TYPE_CHECKING
 from modelmint import formats
 from modelmint.artifact import Invocation
 from modelmint.convert import base_options
-from modelmint.errors import RecipeError
+from modelmint.errors import InputError, RecipeError
 from modelmint.recipe import Recipe
 from modelmint.recipe_file import find_recipe
 from modelmint.settings import Settings
 from modelmint.spelling import did_you_mean
 from modelmint.step import Context
-from modelmint.store import Store
+from modelmint.store import LOCK_FILE, Store
 
 if TYPE_CHECKING:
     from tasks.track import TrackedRelease
 
 RECIPES = Path(__file__).parent.parent / "deployments" / "recipes"
 """Where recipes are looked up by name."""
+
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+"""What a release can be called: its documents lie in a folder of that name."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +60,29 @@ def open_order(recipe: str, variants: list[str], name: str = "", flow_run: str =
 
     Raises:
         RecipeError: says which key, value or variant is wrong, and what was meant.
+        InputError: if the name cannot be used.
     """
     settings = Settings()
+    store = Store(settings.store)
     wanted = narrowed(find_recipe(recipe, RECIPES), variants)
     refuse_impossible(wanted)
+    if name:
+        refuse_name(name, store)
     name = name or release_name(wanted.name)
     invocation = Invocation(flow_run=flow_run, release=name)
-    return Order(wanted, name, Context(Store(settings.store), settings, invocation))
+    return Order(wanted, name, Context(store, settings, invocation))
+
+
+def refuse_name(name: str, store: Store) -> None:
+    """Refuse a name that cannot be a folder's, or that a release has whose documents would be overwritten.
+
+    Raises:
+        InputError: says which and why.
+    """
+    if not NAME.fullmatch(name):
+        raise InputError(f"a release cannot be called {name!r}: take letters, digits, dots, dashes and underscores")
+    if (store.root / "releases" / name / LOCK_FILE).exists():
+        raise InputError(f"{store.root} has a release {name!r} already; give this one another name, or none")
 
 
 def release_name(recipe: str) -> str:

@@ -17,6 +17,7 @@ from flows.commands import complete_recipe, complete_release, complete_variant
 from modelmint import __version__
 from modelmint.errors import CorruptError, InputError, RecipeError, ToolError
 from modelmint.recipe_file import recipe_schema
+from modelmint.store import Store
 
 __all__ = ["command"]
 pytestmark = pytest.mark.pure
@@ -145,6 +146,22 @@ def test_an_unknown_variant_is_bad_input_before_a_server_starts(command: Command
     assert answer.object["error"]["kind"] == "RecipeError"
     assert "has no variant 'fake:Q9'" in answer.object["error"]["message"]
     assert not (command.home / ".modelmint").exists()
+
+
+@pytest.mark.parametrize("name", ["../out", ".hidden", "a b", "a" * 200])
+def test_a_name_that_is_no_folders_is_refused_before_hours_of_work(
+    command: CommandLine, recipe: str, name: str
+) -> None:
+    answer = command("release", recipe, "--name", name)
+    assert answer.code == 1
+    assert "take letters, digits, dots, dashes and underscores" in answer.err
+
+
+def test_a_name_that_a_release_has_is_not_given_again(command: CommandLine, recipe: str) -> None:
+    Store(command.home / "store").write_release("taken", {"lock.json": b"{}"})
+    answer = command("release", recipe, "--name", "taken")
+    assert answer.code == 1
+    assert "has a release 'taken' already" in answer.err
 
 
 @pytest.mark.parametrize(
