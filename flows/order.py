@@ -111,6 +111,8 @@ def refuse_impossible(recipe: Recipe) -> None:
     Raises:
         RecipeError: names what is unknown and what was meant.
     """
+    if recipe.calibration is not None:
+        raise RecipeError(f"recipe {recipe.name}: nothing here uses calibration data yet; leave calibration out")
     for variant in recipe.variants:
         formats.load(variant.format).check(variant)
     for name, options in recipe.base.items():

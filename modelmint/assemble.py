@@ -9,7 +9,8 @@ from modelmint.evaluate import read
 from modelmint.inspection import Inspection
 from modelmint.recipe import Recipe, Variant
 from modelmint.reference import first_scored
-from modelmint.release import EvaluationReport, ReleaseLock, SourceReport, StepReport, VariantReport, build_lock, merged
+from modelmint.release import EvaluationReport, SourceReport, StepReport, VariantReport, merged
+from modelmint.release_lock import ReleaseLock, build_lock
 from modelmint.report import Measurement, judge
 from modelmint.step import StepResult
 from modelmint.store import Store

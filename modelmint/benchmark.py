@@ -87,6 +87,7 @@ def _step(subject: Subject, wanted: Benchmark, hardware: HardwareClass) -> Step:
         stage_version=STAGE_VERSION,
         parameters={
             "format": subject.format,
+            "format_version": formats.load(subject.format).STAGE_VERSION,
             "prompt_tokens": wanted.prompt_tokens,
             "generate_tokens": wanted.generate_tokens,
             "trials": wanted.trials,

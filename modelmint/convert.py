@@ -52,7 +52,7 @@ def convert(source: str, format_name: str, options: Mapping[str, JsonValue], con
     step = Step(
         stage="convert",
         stage_version=module.STAGE_VERSION,
-        parameters={"format": format_name, **full},
+        parameters={"format": format_name, "options": full},
         inputs={"source": source},
         tools=module.tools("convert"),
     )

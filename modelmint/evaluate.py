@@ -58,7 +58,7 @@ def evaluate(
     step = Step(
         stage="evaluate",
         stage_version=STAGE_VERSION,
-        parameters={"format": format_name, "hardware": hardware, **wanted},
+        parameters={"format": format_name, "format_version": module.STAGE_VERSION, "hardware": hardware, **wanted},
         inputs={"variant": variant, "reference": reference},
         tools=_tools(module),
         observation=True,

@@ -128,7 +128,8 @@ def needs(inspection: Inspection, recipe: Recipe) -> Needs:
     bases = 2 * inspection.parameters * len(recipe.formats())
     variants = sum(formats.load(v.format).predict_size(inspection.tensors, v) for v in recipe.variants)
     bytes_per_weight = 4 if recipe.evaluation.reference == "source" and recipe.evaluation.dtype == "float32" else 2
-    cache = recipe.evaluation.window * inspection.cache_bytes_per_token
+    context = max(recipe.evaluation.window, recipe.benchmark.context if recipe.benchmark else 0)
+    cache = context * inspection.cache_bytes_per_token
     return Needs(
         # Snapshot and a working copy of it; the base and its copy while it is quantized.
         disk_bytes=2 * inspection.size + 2 * bases + variants,

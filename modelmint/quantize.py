@@ -24,7 +24,7 @@ def quantize(base: str, variant: Variant, context: Context) -> StepResult:
     step = Step(
         stage="quantize",
         stage_version=module.STAGE_VERSION,
-        parameters={"format": variant.format, "type": variant.type, **module.parameters(variant)},
+        parameters={"format": variant.format, "type": variant.type, "options": module.parameters(variant)},
         inputs={"base": base},
         tools=module.tools("quantize"),
     )

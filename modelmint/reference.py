@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, JsonValue
 
 from modelmint import checkpoint, divergence, formats, parity
 from modelmint.artifact import Digest, Step, Tool, canonical_json
@@ -109,7 +109,7 @@ def reference(
             "reference": "base" if base else "source",
             "hardware": hardware.model_dump(mode="json"),
             **evaluation.model_dump(mode="json", include={"window", "windows", "top", "sample", "seed", "prompts"}),
-            **({"format": base[0]} if base else {"dtype": evaluation.dtype}),
+            **_arithmetic(base, format_module, evaluation),
         },
         inputs={"source": source, "text": text} | ({"base": base[1]} if base else {}),
         tools=_tools(config, format_module),
@@ -140,6 +140,15 @@ def reference(
         return Work(measurements=(_perplexity(workspace.out, hardware),), network_isolated=isolated)
 
     return run_step(context, step, work)
+
+
+def _arithmetic(
+    base: tuple[str, Digest] | None, module: formats.Format | None, evaluation: Evaluation
+) -> dict[str, JsonValue]:
+    """Whose predictions are taken, as it enters the key."""
+    if base is None or module is None:
+        return {"dtype": evaluation.dtype}
+    return {"format": base[0], "format_version": module.STAGE_VERSION}
 
 
 def in_child(

@@ -161,7 +161,8 @@ def _release_facts(report: ReleaseReport, path: Path | None, left_out: Sequence[
         steps += f"; continues {report.continues}"
     facts.append(("steps", Text(steps)))
     for name, place in (("mlflow", report.links.tracking_url), ("prefect", report.links.flow_run_url)):
-        if place:
+        # Without a tracking server there is a path only, which no browser can open.
+        if place.startswith("http"):
             facts.append((name, Text(place, style="blue")))
     if path is not None:
         facts.append(("report", Text(str(path), style="bold")))

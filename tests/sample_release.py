@@ -11,14 +11,13 @@ from modelmint.recipe import Recipe, Variant
 from modelmint.release import (
     EvaluationReport,
     Links,
-    ReleaseLock,
     ReleaseReport,
     SourceReport,
     StepCount,
     StepReport,
     VariantReport,
-    build_lock,
 )
+from modelmint.release_lock import ReleaseLock, build_lock
 from modelmint.report import Answer, HardwareClass, Host, Measurement, judge
 
 HARDWARE = HardwareClass(instructions="x86_64 sse4_2 avx avx2 fma f16c bmi2", threads=2)

@@ -15,7 +15,8 @@ from modelmint.artifact import Artifact, StepRecord
 from modelmint.inspection import Inspection
 from modelmint.recipe import Recipe
 from modelmint.recipe_file import parse_recipe
-from modelmint.release import ReleaseLock, ReleaseReport
+from modelmint.release import ReleaseReport
+from modelmint.release_lock import ReleaseLock
 from modelmint.report import Measurements
 
 pytestmark = pytest.mark.pure

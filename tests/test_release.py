@@ -9,15 +9,14 @@ from pydantic import ValidationError
 from sample_release import FIGURES, RECIPE, SNAPSHOT, lock, measurements, records, sample
 
 from modelmint.release import (
-    ReleaseLock,
     ReleaseReport,
     StepCount,
     VariantReport,
-    build_lock,
     exit_code,
     merged,
     release_json,
 )
+from modelmint.release_lock import ReleaseLock, build_lock
 from modelmint.report import Bound, Measurement, judge
 
 pytestmark = pytest.mark.pure

@@ -164,7 +164,7 @@ class Format(Protocol):
     """The name for people, such as ``GGUF``."""
 
     STAGE_VERSION: int
-    """Raised whenever the module starts to give other bytes for the same parameters and tools."""
+    """Raised whenever the module starts to give other bytes, or its sessions other figures, for the same inputs."""
 
     NATIVE: bool
     """Whether sessions run native code, so that they belong in a child process."""

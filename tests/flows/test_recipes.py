@@ -15,7 +15,7 @@ from flows.order import RECIPES, refuse_impossible
 from modelmint.formats.fake_model import write_checkpoint
 from modelmint.recipe import Benchmark, Recipe
 from modelmint.recipe_file import find_recipe, parse_recipe, write_recipe
-from modelmint.release import ReleaseLock
+from modelmint.release_lock import ReleaseLock
 
 pytestmark = [pytest.mark.flows, MLFLOW_WARNS]
 

@@ -8,7 +8,8 @@ from homes import MLFLOW_WARNS, Home, Server
 from modelmint.artifact import StepRecord
 from modelmint.errors import InputError, RecipeError, SourceError
 from modelmint.formats.fake_model import write_checkpoint
-from modelmint.release import ReleaseLock, ReleaseReport, exit_code
+from modelmint.release import ReleaseReport, exit_code
+from modelmint.release_lock import ReleaseLock
 from tasks import shown
 
 pytestmark = [pytest.mark.flows, MLFLOW_WARNS]

@@ -25,6 +25,7 @@ from modelmint.formats.gguf.vocabulary import FILE
 from modelmint.isolated_child import progress
 
 if TYPE_CHECKING:
+    from modelmint.report import Measurement
     from modelmint.sandbox import Sandbox
     from modelmint.step import Work
 
@@ -61,7 +62,10 @@ def convert(source: Path, out: Path, type_name: str, name: str, sandbox: "Sandbo
             if path.suffix not in CODE:
                 (Path(view) / path.name).symlink_to(path)
         outcome = sandbox.call(f"{__name__}:run", arguments, python_path=(home, home / "gguf-py"), cwd=Path(view))
-    return Work(network_isolated=outcome.network_isolated)
+    return Work(
+        measurements=(Measurement(measure="bits_per_weight", value=outcome.value["bits_per_weight"]),),
+        network_isolated=outcome.network_isolated,
+    )
 
 
 def run(out: str, type_name: str, name: str) -> dict[str, Any]:
@@ -74,7 +78,7 @@ def run(out: str, type_name: str, name: str) -> dict[str, Any]:
     contents = check_file(file)
     check_tokenizer(file)
     progress(total, total, "bytes")
-    return {"tensors": contents.tensors, "bytes": contents.bytes}
+    return {"tensors": contents.tensors, "bits_per_weight": contents.bits_per_weight}
 
 
 def _run_script(arguments: list[str]) -> None:
