@@ -7,7 +7,8 @@ Laws, tested under the same words:
 * no run is left running by a release that ended, however it ended: the next one of its recipe closes what was killed.
 
 Every call names its run, because tasks work in threads, which share no active run. The tracking URI is always given,
-because MLflow's own default depends on what lies in the working folder.
+because MLflow's own default depends on what lies in the working folder. It is one long file because it is the only one,
+besides the plugin for files, that imports mlflow.
 """
 
 import json
