@@ -278,7 +278,9 @@ def test_a_plan_of_nothing_done_runs_everything_and_makes_nothing(command: Comma
 
 
 def test_a_dry_run_is_a_plan(command: CommandLine, recipe: str) -> None:
-    assert command("release", recipe, "--dry-run", "--json").object == command("plan", recipe, "--json").object
+    dry, plan = command("release", recipe, "--dry-run", "--json").object, command("plan", recipe, "--json").object
+    # Others write to the same disk meanwhile.
+    assert {**dry, "disk_free_bytes": 0} == {**plan, "disk_free_bytes": 0}
 
 
 def test_a_plan_finds_what_is_done_by_the_keys_of_the_stages(command: CommandLine, recipe: str) -> None:
@@ -289,6 +291,7 @@ def test_a_plan_finds_what_is_done_by_the_keys_of_the_stages(command: CommandLin
     from modelmint.step import Context
     from modelmint.store import Store
 
+    before = command("plan", recipe, "--json").object
     wanted = find_recipe(recipe, RECIPES)
     context = Context(Store(command.home / "store"), Settings())
     snapshot = acquire.acquire(acquire.resolve(wanted.source, context.settings), context)
@@ -312,7 +315,7 @@ def test_a_plan_finds_what_is_done_by_the_keys_of_the_stages(command: CommandLin
     }
     assert plan["step_count"] == {"executed": 9, "reused": 4}
     assert plan["variants"][1]["size_bytes"] == context.store.artifact(made.record.output).size
-    assert plan["disk_bytes"] < command("plan", recipe, "--variant", "fake:Q2", "--json").object["disk_free_bytes"]
+    assert plan["disk_bytes"] < before["disk_bytes"]
 
 
 def test_a_plan_shows_what_the_release_would_refuse(command: CommandLine, recipe: str) -> None:
