@@ -168,7 +168,8 @@ def _tiles(report: ReleaseReport) -> list[Tile]:
             continue
         pick = max if MEASURES[measure].better == "higher" else min
         value, variant = pick(having, key=lambda pair: pair[0])
-        detail = f"{variant.variant}{_against_base(report, variant, measure)}"
+        # The base's own divergence is next to nothing: a ratio to it would say nothing.
+        detail = variant.variant + ("" if measure == "kl_divergence" else _against_base(report, variant, measure))
         decimals = 4 if measure == "kl_divergence" else None
         tiles.append(Tile(title, figure(value * number, decimals), unit, detail))
     return tiles
