@@ -25,7 +25,6 @@ from modelmint.formats.gguf.vocabulary import FILE
 from modelmint.isolated_child import progress
 
 if TYPE_CHECKING:
-    from modelmint.report import Measurement
     from modelmint.sandbox import Sandbox
     from modelmint.step import Work
 
@@ -52,6 +51,7 @@ def convert(source: Path, out: Path, type_name: str, name: str, sandbox: "Sandbo
         UnsupportedError: if the converter does not take this checkpoint.
         ToolError: if it failed, or its output is not sound.
     """
+    from modelmint.report import Measurement
     from modelmint.step import Work
 
     converter.source()
