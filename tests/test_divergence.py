@@ -168,6 +168,30 @@ def test_drawn_tokens_come_from_the_rest_in_proportion_to_their_probability() ->
     np.testing.assert_allclose(counts / counts.sum(), [0, 0, 1 / 3, 1 / 2, 1 / 6], atol=0.03)
 
 
+@pytest.mark.parametrize("vocabulary", [40, 203, 5000])
+def test_tokens_drawn_from_many_groups_come_in_proportion_too(vocabulary: int) -> None:
+    logits, _, targets = pair(positions=1, vocabulary=vocabulary, noise=0)
+    weights = np.exp(log_softmax(logits / 3)[0])
+    logits = np.log(weights, dtype=np.float32)[None]
+    drawn = [compress(logits, targets, 4, 32, seed) for seed in range(400)]
+    rest = weights.copy()
+    rest[drawn[0].top_ids[0]] = 0
+    counts = np.bincount(np.concatenate([it.sample_ids[0] for it in drawn]), minlength=vocabulary)
+    assert counts[rest == 0].sum() == 0
+    # In tenths of the vocabulary, each with several hundred of the 12,800 draws.
+    shares = [
+        [part.sum() for part in np.array_split(array, 10)] for array in (counts / counts.sum(), rest / rest.sum())
+    ]
+    np.testing.assert_allclose(shares[0], shares[1], rtol=0.1)
+
+
+@given(arrays(np.float32, (2, 300), elements=st.integers(-3, 3)), st.integers(1, 200))
+@settings(max_examples=100, deadline=None)
+def test_top_tokens_are_the_first_of_a_stable_sort(logits: Any, top: int) -> None:
+    compact = compress(logits, np.array([0, 0]), top=top, sample=2)
+    np.testing.assert_array_equal(compact.top_ids, np.argsort(-logits, axis=1, kind="stable")[:, :top])
+
+
 def test_rest_without_mass_adds_nothing() -> None:
     logits = np.full((1, 9), -300, np.float32)
     logits[0, 4] = 0
