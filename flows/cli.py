@@ -30,7 +30,7 @@ INTERRUPTED, READER_GONE, TERMINATED = 130, 141, 143
 class Commands(TyperGroup):
     """The commands; what typer would answer with an exit code of its own is taken before it sees it."""
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         """Run a command."""
         try:
             with console.written():
@@ -98,13 +98,13 @@ def run(arguments: list[str]) -> int:
         return _bug(error, as_json)
 
 
-def _usage(error: "typer.TyperException", as_json: bool) -> int:
+def _usage(error: Any, as_json: bool) -> int:
     from typer import rich_utils
 
     rich_utils.rich_format_error(error)
     if as_json:
         console.print_json({"error": {"kind": "UsageError", "message": error.format_message()}})
-    return error.exit_code
+    return int(error.exit_code)
 
 
 def _failed(error: ModelMintError, as_json: bool) -> int:

@@ -150,11 +150,8 @@ def _mlflow(settings: Settings) -> Iterator[Finding]:
     uri = settings.tracking_uri
     if uri.startswith("sqlite:///"):
         yield _database(uri.removeprefix("sqlite:///"))
-        return
-    if uri.startswith(("http://", "https://")):
-        yield _answers("mlflow", uri, "/health", "start it, or unset MLFLOW_TRACKING_URI to keep records in a file")
-        return
-    yield Finding("mlflow", "note", f"{urlsplit(uri).scheme}: is not checked here")
+    elif not uri.startswith(("http://", "https://")):
+        yield Finding("mlflow", "note", f"{urlsplit(uri).scheme}: is not checked here")
 
 
 def _database(path: str) -> Finding:
@@ -171,12 +168,18 @@ def _database(path: str) -> Finding:
 
 
 def _prefect(settings: Settings) -> Iterator[Finding]:
-    address = settings.prefect_api_url
-    if address is None:
+    if settings.prefect_api_url is None:
         yield Finding("prefect", "ok", "a server on loopback is started for each command, and stopped after it")
-    else:
+
+
+def servers(settings: Settings) -> Iterator[Finding]:
+    """Whether the servers that are configured answer."""
+    if settings.tracking_uri.startswith(("http://", "https://")):
+        way_out = "start it, or unset MLFLOW_TRACKING_URI to keep records in a file"
+        yield _answers("mlflow", settings.tracking_uri, "/health", way_out)
+    if settings.prefect_api_url is not None:
         way_out = "start it, or unset PREFECT_API_URL to use one that is started here"
-        yield _answers("prefect", address, "/health", way_out)
+        yield _answers("prefect", settings.prefect_api_url, "/health", way_out)
 
 
 def _answers(name: str, address: str, path: str, way_out: str) -> Finding:
@@ -208,6 +211,7 @@ CHECKS: Sequence[Callable[[Settings], Iterator[Finding]]] = (
     _store,
     _mlflow,
     _prefect,
+    servers,
     _programs,
 )
 """In the order shown."""

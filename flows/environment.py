@@ -3,7 +3,7 @@
 import os
 
 from modelmint.errors import InputError
-from modelmint.settings import Settings, silence_telemetry
+from modelmint.settings import Settings, reach_loopback_directly, silence_telemetry
 
 QUIET = {
     # What a task says is shown in our own words; the server gets Prefect's.
@@ -37,6 +37,7 @@ def load_settings() -> Settings:
 def prepare(settings: Settings) -> None:
     """Set the environment for a command that works with Prefect and MLflow; to be called before they are imported."""
     silence_telemetry()
+    reach_loopback_directly()
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     if settings.prefect_api_url is None:

@@ -8,14 +8,15 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from flows.console import say
+from flows.doctor import servers
 from flows.environment import prepare
 from flows.local_server import local_server
 from flows.signals import Terminated, stopped_by_signals
 from flows.stages import Stages
-from modelmint.errors import ModelMintError, StageError
+from modelmint.errors import ModelMintError, NetworkError, StageError
 from modelmint.settings import Settings
 
 if TYPE_CHECKING:
@@ -42,9 +43,14 @@ def launch(settings: Settings, recipe: str, variants: list[str], name: str, stag
         stages: shows what runs.
 
     Raises:
+        NetworkError: if a configured server does not answer.
         ModelMintError: what stopped the release as a whole.
     """
     prepare(settings)
+    for finding in servers(settings):
+        if finding.level == "problem":
+            # Said at once: Prefect would fail with a riddle, and MLflow try for minutes.
+            raise NetworkError(f"{finding.check}: {finding.text}; {finding.way_out}")
     server = _Server(settings)
     with server.running(), stages, stopped_by_signals(stages.stop):
         from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
@@ -64,12 +70,12 @@ def launch(settings: Settings, recipe: str, variants: list[str], name: str, stag
             late = wait_until_stored(stages.ended)
     if late:
         say(f"{late} task runs are not in Prefect's database {STORED_SECONDS:.0f} s after the release ended", "yellow")
-    found = state.result(raise_on_failure=False)
+    found: Any = state.result(raise_on_failure=False)
     if isinstance(found, ModelMintError):
         raise found
     if isinstance(found, BaseException):
         raise StageError(f"the release stopped: {type(found).__name__}: {found}") from found
-    return found
+    return cast("ReleaseReport", found)
 
 
 def wait_until_stored(task_runs: set[str], seconds: float = STORED_SECONDS) -> int:

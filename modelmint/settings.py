@@ -106,3 +106,10 @@ def silence_telemetry() -> None:
     """Switch off the telemetry of every library in this process and its children."""
     for name, value in TELEMETRY_OFF.items():
         os.environ.setdefault(name, value)
+
+
+def reach_loopback_directly() -> None:
+    """Let no proxy stand between this machine and itself: libraries ask it for 127.0.0.1 as well unless told not to."""
+    for name in ("NO_PROXY", "no_proxy"):
+        hosts = [host for host in os.environ.get(name, "").split(",") if host]
+        os.environ[name] = ",".join(dict.fromkeys([*hosts, "127.0.0.1", "localhost"]))

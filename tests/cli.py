@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,9 @@ def program(
 
 
 @pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> CommandLine:
+def command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Iterator[CommandLine]:
     """A command line in an empty home."""
     for name in list(os.environ):
         if name.startswith(OWN_SETTINGS):
@@ -67,4 +69,8 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
     monkeypatch.setenv("MODELMINT_HOST_LOCK", str(tmp_path / "host"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
-    return CommandLine(tmp_path, capfd)
+    before = dict(os.environ)
+    yield CommandLine(tmp_path, capfd)
+    # Commands set variables for Prefect and MLflow, which are not meant for other tests.
+    os.environ.clear()
+    os.environ.update(before)

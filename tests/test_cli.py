@@ -148,6 +148,17 @@ def test_an_unknown_variant_is_bad_input_before_a_server_starts(command: Command
     assert not (command.home / ".modelmint").exists()
 
 
+@pytest.mark.parametrize("setting", ["PREFECT_API_URL", "MLFLOW_TRACKING_URI"])
+def test_a_configured_server_that_does_not_answer_is_named_at_once(
+    command: CommandLine, recipe: str, monkeypatch: pytest.MonkeyPatch, setting: str
+) -> None:
+    monkeypatch.setenv(setting, "http://127.0.0.1:9")
+    answer = command("release", recipe, "--json")
+    assert answer.code == 4
+    assert answer.object["error"]["kind"] == "NetworkError"
+    assert f"unset {setting}" in answer.object["error"]["message"]
+
+
 @pytest.mark.parametrize("name", ["../out", ".hidden", "a b", "a" * 200])
 def test_a_name_that_is_no_folders_is_refused_before_hours_of_work(
     command: CommandLine, recipe: str, name: str

@@ -106,7 +106,7 @@ def test_a_server_that_does_not_answer_is_a_problem_and_its_password_is_not_show
     settings = Settings(
         home=tmp_path, prefect_api_url="http://user:secret@127.0.0.1:9/api", tracking="http://127.0.0.1:9"
     )
-    found = [*doctor._prefect(settings), *doctor._mlflow(settings)]
+    found = list(doctor.servers(settings))
     assert set(problems(found)) == {"prefect", "mlflow"}
     assert "http://127.0.0.1:9/api does not answer" in problems(found)["prefect"].text
     assert not any("secret" in finding.text for finding in found)

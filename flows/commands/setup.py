@@ -32,8 +32,10 @@ def doctor(as_json: Json = False) -> None:
     from rich.text import Text
 
     from flows.doctor import examine
+    from flows.environment import prepare
     from modelmint.columns import plain
 
+    prepare(settings)
     findings = []
     for finding in examine(settings):
         findings.append(finding)

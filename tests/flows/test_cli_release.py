@@ -166,6 +166,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def run_alone(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
     clean = {name: value for name, value in os.environ.items() if not name.startswith((*OWN_SETTINGS, "PREFECT_"))}
     own = {"MODELMINT_HOME": str(folder), "MODELMINT_HOST_LOCK": str(folder / "host")}
+    # A proxy that is not for this machine, as many companies have one.
+    own |= dict.fromkeys(("http_proxy", "HTTP_PROXY"), "http://127.0.0.1:9")
     return subprocess.Popen(
         [COMMAND, *arguments],
         env=clean | own,
