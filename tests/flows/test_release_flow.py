@@ -216,6 +216,20 @@ def test_a_release_with_a_failed_stage_is_failed_on_record_and_named_by_the_next
     assert exit_code(again) == 0
 
 
+def test_a_base_that_fails_takes_its_variants_along_and_is_reported_all_the_same(
+    home: Home, server: Server, third: ReleaseReport
+) -> None:
+    report = home.release(home.recipe(SHIPPED, name="baseless", base={"fake": {"fail": True}}))
+    assert exit_code(report) == 4
+    assert {it.variant: it.outcome for it in report.judged} == dict.fromkeys(VARIANTS, "incomplete")
+    for variant in report.judged:
+        assert variant.reasons[0].startswith("convert failed: the conversion failed")
+    states = {name.rpartition("-")[0]: state for name, state in server.task_runs(report).items()}
+    left_out = {f"{stage} {name}" for stage in ("quantize", "evaluate") for name in VARIANTS} | {"evaluate fake:F32"}
+    assert {name for name, state in states.items() if state == "NotReady"} == left_out
+    assert (home.store.root / "releases" / report.release / "lock.json").exists()
+
+
 def test_an_unknown_recipe_or_variant_is_refused_before_anything_is_recorded(home: Home, third: ReleaseReport) -> None:
     before = len(home.runs())
     with pytest.raises(RecipeError, match=r"no recipe is called 'fakee'; did you mean 'fake'\?"):
