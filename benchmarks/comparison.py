@@ -82,27 +82,28 @@ class Comparison:
 
     def as_json(self) -> dict[str, Any]:
         """Everything as plain values."""
-        pairs = [asdict(pair) | {"ratio": pair.ratio} for pair in [*self.pairs, self.total]]
+        pairs = [asdict(pair) | {"ratio": pair.ratio} for pair in self._stages()]
         aims = [asdict(aim) | {"met": aim.met} for aim in self.aims]
         return {"facts": self.facts, "stages": pairs, "aims": aims, "notes": self.notes, "missed": len(self.missed)}
 
     def show(self, console: Console) -> None:
         """Print tables and notes."""
-        console.print(_table(("", "value"), [(name, _words(value)) for name, value in self.facts.items()]))
+        _print(console, ("what", "value"), [(name, _words(value)) for name, value in self.facts.items()])
         stages = [
             (pair.stage, f"{pair.by_hand:.1f}", f"{pair.ours:.1f}", f"{pair.ratio:.2f}", f"{pair.store:.1f}")
-            for pair in [*self.pairs, self.total]
+            for pair in self._stages()
         ]
-        console.print(_table(("stage", "by hand s", "ours s", "ratio", "of ours: store s"), stages))
+        _print(console, ("stage", "by hand s", "ours s", "ratio", "of ours: store s"), stages)
         aims = [
             (aim.subject, aim.measure, aim.by_hand, aim.ours, f"{aim.found:.4g}", f"{aim.bound:.4g}", _mark(aim))
             for aim in self.aims
         ]
-        console.print(_table(("", "measure", "by hand", "ours", "found", "at most", ""), aims))
-        console.print(
-            _table(("without an aim", "value"), [(name, _words(value)) for name, value in self.notes.items()])
-        )
+        _print(console, ("subject", "measure", "by hand", "ours", "found", "at most", "aim"), aims)
+        _print(console, ("without an aim", "value"), [(name, _words(value)) for name, value in self.notes.items()])
         console.print(f"{len(self.aims) - len(self.missed)} of {len(self.aims)} aims are met")
+
+    def _stages(self) -> list[Pair]:
+        return [*self.pairs, self.total] if self.pairs else []
 
 
 class Machine:
@@ -153,10 +154,15 @@ def _mark(aim: Aim) -> str:
     return "[green]met[/green]" if aim.met else "[bold red]missed[/bold red]"
 
 
-def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def _print(console: Console, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table without the columns that are empty, if there is anything in it."""
+    kept = [index for index in range(len(titles)) if any(row[index] for row in rows)]
+    if not kept:
+        return
     table = Table()
-    for title in titles:
-        table.add_column(title, justify="left" if title in ("", "stage", "measure") else "right", overflow="fold")
+    for index in kept:
+        left = titles[index] in ("what", "value", "stage", "subject", "measure", "without an aim")
+        table.add_column(titles[index], justify="left" if left else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
-    return table
+        table.add_row(*(row[index] for index in kept))
+    console.print(table)
