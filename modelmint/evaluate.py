@@ -4,6 +4,7 @@ The same stage measures an unquantized base against the source, which is what co
 """
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ STAGE_VERSION = 1
 MEASUREMENTS = "measurements.json"
 PROMPT_TOKENS = 32
 """How much of the evaluation text is continued where a recipe has no prompts."""
+PHASE_BYTES = 80
+"""Of the file that says what is being done; every phase is shorter."""
 
 
 def evaluate(
@@ -81,7 +84,7 @@ def evaluate(
         try:
             outcome = sandbox(context, workspace, threads).call("modelmint.evaluate:in_child", arguments)
         except ToolError as error:
-            doing = phase.read_text() if phase.exists() else "starting"
+            doing = phase.read_text().strip() if phase.exists() else "starting"
             raise ToolError(
                 f"failed while {doing}: {error}",
                 signal=error.signal,
@@ -155,7 +158,12 @@ class _Found:
 
     def begin(self, doing: str) -> None:
         """Say what comes next, so that a crash can be told from another."""
-        self._phase.write_text(doing)
+        # Written over what was said before: ext4 puts a file that is emptied first on the disk at once, each time.
+        descriptor = os.open(self._phase, os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            os.write(descriptor, doing.encode().ljust(PHASE_BYTES))
+        finally:
+            os.close(descriptor)
 
     def add(self, measure: str, value: float, trials: int = 1, spread: float = 0.0, statistic: Any = "exact") -> None:
         """Take a figure."""
