@@ -230,7 +230,8 @@ def record(opened: TrackedRelease, report: ReleaseReport, context: Context) -> l
 
 def track_inputs(opened: TrackedRelease, source: SourceReport, evaluation: EvaluationReport | None) -> None:
     """Name the checkpoint and the evaluation text as inputs of a release's run."""
-    with _mlflow(opened.settings) as client:
+    # One at a time: of two that name the same new dataset at once, MLflow refuses one.
+    with _alone(opened.settings), _mlflow(opened.settings) as client:
         client.log_inputs(opened.run_id, datasets=_datasets(source, evaluation))
         client.log_batch(opened.run_id, tags=_tags(source_facts(source)))
 

@@ -34,3 +34,11 @@ def server() -> Iterator[Server]:
 def home(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Home:
     """A home for all tests of a file."""
     return Home(tmp_path_factory.mktemp("home"), server)
+
+
+@pytest.fixture
+def own_home(server: Server, tmp_path: Path) -> Iterator[Home]:
+    """A home for one test, which leaves no command running."""
+    home = Home(tmp_path, server)
+    yield home
+    home.end()

@@ -81,6 +81,7 @@ class Home:
     folder: Path
     server: Server
     environment: dict[str, str] = field(default_factory=dict)
+    started: "list[subprocess.Popen[str]]" = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -119,7 +120,7 @@ class Home:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(OWN_SETTINGS)}
         scratch = self.folder / "tmp"
         scratch.mkdir(exist_ok=True)
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [COMMAND, *arguments],
             env={**kept, **self.environment, "TMPDIR": str(scratch)},
             cwd=self.folder,
@@ -128,6 +129,14 @@ class Home:
             stderr=subprocess.PIPE,
             text=True,
         )
+        self.started.append(process)
+        return process
+
+    def end(self) -> None:
+        """End every command that a test which failed has left."""
+        for process in self.started:
+            process.kill()
+            process.communicate()
 
     def processes(self) -> list[psutil.Process]:
         """Whatever still runs of the commands that were started here."""

@@ -8,7 +8,6 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,9 +65,9 @@ def undisturbed(home: Home) -> dict[str, str]:
 
 
 def test_a_release_killed_again_and_again_completes_with_the_same_bytes_and_reuses_what_was_done(
-    tmp_path: Path, server: Server, undisturbed: dict[str, str]
+    own_home: Home, undisturbed: dict[str, str]
 ) -> None:
-    home, draw = Home(tmp_path, server), random.Random(0)
+    home, draw = own_home, random.Random(0)
     # At the last one all steps are done, and the release is being recorded.
     moments = [*sorted(draw.sample(range(LAST_BEFORE_BENCHMARK + 1), 3)), STEPS]
     names = [f"killed-{number}" for number in range(len(moments))]
@@ -102,8 +101,8 @@ def test_a_release_killed_again_and_again_completes_with_the_same_bytes_and_reus
     assert len(home.models()) == 4
 
 
-def test_eight_commands_at_once_do_each_step_once_and_all_succeed(tmp_path: Path, server: Server) -> None:
-    home = Home(tmp_path, server)
+def test_eight_commands_at_once_do_each_step_once_and_all_succeed(own_home: Home) -> None:
+    home = own_home
     recipe = home.recipe(["fake:Q8"])
     processes = [home.start("release", recipe, "--json", "--name", f"command-{number}") for number in range(8)]
     answers = [finish(process) for process in processes]
@@ -124,10 +123,10 @@ def test_eight_commands_at_once_do_each_step_once_and_all_succeed(tmp_path: Path
     assert_locks_are_free(home)
 
 
-def test_native_work_ends_with_the_command_which_goes_on_where_it_was(tmp_path: Path, server: Server) -> None:
+def test_native_work_ends_with_the_command_which_goes_on_where_it_was(own_home: Home, server: Server) -> None:
     """Killed while llama.cpp's converter runs, told to end while PyTorch does, and left alone at last."""
-    home = Home(tmp_path, server)
-    checkpoint = tiny.checkpoint(tmp_path / "Tiny")
+    home = own_home
+    checkpoint = tiny.checkpoint(home.folder / "Tiny")
     recipe = home.write(
         Recipe.model_validate(
             {
