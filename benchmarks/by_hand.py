@@ -80,7 +80,8 @@ class Contest:
         for kind in self.arguments.types:
             variant = self.quantize(kind, base)
             evaluated = self.divergence(kind, variant, reference)
-            self.speed(kind)
+            if self.arguments.pairs:
+                self.speed(kind)
         if self.arguments.types:
             wanted = Evaluation(reference="base", window=self.arguments.window, windows=self.arguments.windows)
             asked = self.ours.evaluate(variant.output, reference.output, wanted)
@@ -248,7 +249,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="for every tool (default: %(default)s)")
     parser.add_argument("--windows", type=int, default=12, help="of the text (default: %(default)s)")
     parser.add_argument("--window", type=int, default=512, help="tokens in one (default: %(default)s)")
-    parser.add_argument("--pairs", type=int, default=7, help="of trials of speed for each type (default: %(default)s)")
+    parser.add_argument(
+        "--pairs", type=int, default=7, help="of speed for each type; 0 for none (default: %(default)s)"
+    )
     parser.add_argument("--prompt", type=int, default=256, help="tokens that are prefilled (default: %(default)s)")
     parser.add_argument("--generate", type=int, default=64, help="tokens that are decoded (default: %(default)s)")
     parser.add_argument("--scratch", type=Path, help="folder for temporary files, which take some 2 GB")
