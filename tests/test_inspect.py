@@ -379,7 +379,8 @@ def test_what_does_not_fit_on_the_disk_or_into_memory_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = inspected(write_checkpoint(tmp_path / "tiny"))
-    assert needs(found, recipe()).memory_bytes == 4 * found.parameters + 512 * 16
+    assert needs(found, recipe()).memory_bytes == 4 * found.parameters + 2048 * 16
+    assert needs(found, recipe(benchmark=None)).memory_bytes == 4 * found.parameters + 512 * 16
     tight = Settings(home=tmp_path, step_memory_bytes=1000)
     with pytest.raises(ResourceError, match=r"of memory to measure.*dtype: bfloat16"):
         refuse(found, recipe(), tight)

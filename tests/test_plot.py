@@ -54,7 +54,8 @@ def test_a_point_is_on_the_front_unless_another_is_at_least_as_good_in_both_and_
 def test_linear_ticks_are_few_equally_spaced_and_inside(low, width):
     ticks = linear_ticks(low, low + width)
     assert 2 <= len(ticks) <= 7
-    assert all(low - 1e-9 * abs(low) <= tick <= low + width + 1e-9 * abs(low + width) for tick in ticks)
+    slack = 1e-9 * (abs(low) + width)
+    assert all(low - slack <= tick <= low + width + slack for tick in ticks)
     gaps = [after - before for before, after in pairwise(ticks)]
     assert max(gaps) == pytest.approx(min(gaps), rel=1e-3)
 
