@@ -4,14 +4,17 @@ The answer is one JSON object on the last line of standard output.
 """
 
 import json
+import os
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from unittest import mock
 
 STARTED = time.monotonic()
 SAMPLE_SECONDS = 0.005
@@ -111,10 +114,25 @@ def _steps(rounds: int) -> dict[str, list[float]]:
         note("task without a stage", _tasks(nothing, some, base, context))
         note("executed step through Prefect", _tasks(quantize, some, base, context))
         note("reused step through Prefect", _tasks(quantize, some, base, context))
-        note("executed step without Prefect", directly(others))
+        with _disk() as waits:
+            note("executed step without Prefect", directly(others))
+        note("of that, waiting for the disk", sum(waits))
         note("reused step without Prefect", directly(others))
         note("the fake tool itself", _tool(context.store, digest, others))
     return found
+
+
+@contextmanager
+def _disk() -> Iterator[list[float]]:
+    """The seconds of each wait for the disk inside of the block."""
+    waits: list[float] = []
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        waits.append(_timed(lambda: real(descriptor)))
+
+    with mock.patch.object(os, "fsync", fsync):
+        yield waits
 
 
 def _tasks(what: Any, variants: Sequence[Any], base: Any, context: Any) -> float:
@@ -150,7 +168,6 @@ def _variants(block: int) -> list[Any]:
 def _tool(store: Any, base: str, variants: Sequence[Any]) -> float:
     """Seconds of the fake quantizer alone: its output is written and thrown away."""
     import tempfile
-    from unittest import mock
 
     from modelmint.formats import fake
 
