@@ -133,10 +133,9 @@ def recipe_settings(recipe: Recipe) -> dict[str, str]:
 def variant_settings(variant: VariantReport) -> dict[str, str]:
     """How a variant was made, as parameters of its run and its model."""
     made = [step for step in variant.steps if step.output == variant.digest]
-    parameters = made[-1].parameters if made else variant.options
+    given = made[-1].parameters.get("options") if made else None
+    options = given if isinstance(given, Mapping) else variant.options
     named = {"format": variant.format, "type": variant.type, "label": variant.label}
-    # The page that compares runs draws the parameters that differ: each of them once.
-    options = {key: value for key, value in parameters.items() if key not in named}
     tools = {f"tool.{tool.name}": tool.version for step in made for tool in step.tools}
     return {**named, **_flat(options, "option"), **tools}
 

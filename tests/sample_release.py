@@ -139,7 +139,7 @@ def quantizing(name: str) -> StepRecord:
     step = Step(
         stage="quantize",
         stage_version=1,
-        parameters={"type": name, "pure": False, "overrides": {}},
+        parameters={"type": name, "options": {"pure": False, "overrides": {}}},
         inputs={"base": CONVERT.output},
         tools=(LLAMA_CPP,),
     )
