@@ -18,6 +18,8 @@ Laws, tested under the same words:
 * each file appears under its final name by atomic rename, after fsync of the file and before fsync of the folder;
 * what is handed to a tool has the bytes that its digest promises, or a `CorruptError` is raised and the blob evicted;
 * the same key with other bytes is reported and never overwritten, except that of an observation the first wins.
+
+One file a little over the usual length: what writes and what reads the layout above has to be read together.
 """
 
 import re
